@@ -1,0 +1,28 @@
+"""Kimi K2 for Hugging Face transformers: `import transformers_k2` registers the family with the Auto classes."""
+
+from __future__ import annotations
+
+from .configuration_kimi_k2 import KimiK2Config
+from .modeling_kimi_k2 import (
+    KimiK2ForCausalLM,
+    KimiK2ForSequenceClassification,
+    KimiK2ForTokenClassification,
+    KimiK2Model,
+    KimiK2PreTrainedModel,
+)
+from .registration import register
+from .tokenization_kimi_k2 import KimiK2Tokenizer
+
+__version__ = "0.1.0"
+
+register()
+
+__all__ = [
+    "KimiK2Config",
+    "KimiK2ForCausalLM",
+    "KimiK2ForSequenceClassification",
+    "KimiK2ForTokenClassification",
+    "KimiK2Model",
+    "KimiK2PreTrainedModel",
+    "KimiK2Tokenizer",
+]

@@ -1,0 +1,28 @@
+"""Write files so that a crash leaves the old content or the new, never half of either."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync(path: str | Path) -> None:
+    """Flush one file, or the entries of one folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8): temporary name in the same folder, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)

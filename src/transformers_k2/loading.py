@@ -1,0 +1,197 @@
+"""`from_pretrained` for the Kimi K2 classes: look first, then load, then prove that nothing is missing.
+
+Three steps around transformers' own loader. Before it, the files' headers are compared with the configuration, so that
+a broken folder costs seconds and a one-line error, not an hour and a printed report. Then FP8 and INT4 checkpoints are
+routed to our quantizer (quantization/hf_quantizer.py). After it, the loader's own report is read: a weight of the
+language model that was not in the checkpoint, or was and found no place, is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file, logging
+
+from .checkpoint import Checkpoint, check_index
+from .configuration_kimi_k2 import KimiK2Config
+from .preflight import IGNORED_KEYS, compare
+from .quantization.hf_quantizer import METHOD
+
+logger = logging.get_logger(__name__)
+
+# Heads that a task may add or leave behind.
+_HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs)\.")
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_CONFIG_KWARGS = {field.name for field in fields(KimiK2Config)} - {"dtype"}
+_CONFIG_KWARGS |= {"num_labels", "attn_implementation", "experts_implementation", "output_attentions"}
+_INDEX_NAME = "model.safetensors.index.json"
+
+
+def from_pretrained(
+    cls: Any,
+    upstream: Callable[..., Any],
+    path: str | os.PathLike | None,
+    *model_args: Any,
+    strict: bool = True,
+    config: PreTrainedConfig | str | os.PathLike | None = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load `cls` from `path` through `upstream`, transformers' own from_pretrained. See KimiK2PreTrainedModel."""
+    if path is None or kwargs.get("gguf_file") is not None:  # weights given by hand, or another file format
+        return upstream(path, *model_args, config=config, output_loading_info=output_loading_info, **kwargs)
+    config = _resolve_config(cls, path, config, kwargs)
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors=False asks for a pickle, which can run code; Kimi K2 loads safetensors only.")
+    kwargs["use_safetensors"] = True
+    _look_first(cls, Path(path), config, kwargs, strict)
+    _route_quantization(config, kwargs)
+    model, report = upstream(path, *model_args, config=config, output_loading_info=True, **kwargs)
+    if strict:
+        _check_report(model, report, config, headless=_is_headless(config), path=path)
+    _forget_conversions(model)
+    return (model, report) if output_loading_info else model
+
+
+def _resolve_config(cls: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> KimiK2Config:
+    """A private KimiK2Config; takes from `kwargs` what belongs to the configuration."""
+    if not isinstance(config, PreTrainedConfig):
+        hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
+        own = {key: kwargs.pop(key) for key in list(kwargs) if key in _CONFIG_KWARGS}
+        return cls.config_class.from_pretrained(config if config is not None else path, **hub, **own)
+    text = config.get_text_config()
+    if not isinstance(text, KimiK2Config):  # K2.5's wrapper, or a relative's configuration, whose keys are the same
+        values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
+        if (quantization := getattr(config, "quantization_config", None)) is not None:
+            values["quantization_config"] = quantization
+        return cls.config_class(**values, name_or_path=config.name_or_path)
+    return copy.deepcopy(text)  # routing a quantised checkpoint changes it
+
+
+def _look_first(cls: Any, path: Path, config: KimiK2Config, kwargs: dict[str, Any], strict: bool) -> None:
+    """Compare the files' headers with the configuration before anything is allocated."""
+    folder = path / kwargs.get("subfolder", "")
+    if not path.is_dir():  # a hub name: only the index can be looked at before the shards are fetched
+        hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
+        index = cached_file(str(path), _INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        if index is not None:
+            check_index(json.loads(Path(index).read_text(encoding="utf-8")), None, f"{path}/{_INDEX_NAME}")
+        return
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    if is_adapter or any(folder.glob("*.distcp")) or kwargs.get("variant"):
+        return  # the weights are elsewhere, or in a distributed training checkpoint
+    checkpoint = Checkpoint.open(folder)
+    if not strict or kwargs.get("key_mapping"):
+        return
+    found = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+    problems = compare(config.to_hub_dict(), found)
+    tolerated = kwargs.get("ignore_mismatched_sizes", False)
+    for problem in problems:
+        is_head = _HEADS.match(problem.name) is not None
+        if problem.kind == "shape" and (tolerated or (is_head and not cls.__name__.endswith("ForCausalLM"))):
+            continue
+        needs_head = cls.__name__.endswith("ForCausalLM") and not _is_headless(config)
+        if is_head and problem.kind != "shape" and not (problem.kind == "missing" and needs_head):
+            continue
+        others = sum(1 for other in problems if other.kind == problem.kind) - 1
+        more = f" ({others} more like it; `k2 inspect {folder}` lists them)" if others else ""
+        raise ValueError(f"{folder}: {problem.text}{more}.")
+
+
+def _is_headless(config: KimiK2Config) -> bool:
+    """Whether the checkpoint says of itself that it holds the bare decoder, so that a missing head is a new one."""
+    return any(name.endswith(("K2Model", "V3Model")) for name in config.architectures or [])
+
+
+def _route_quantization(config: KimiK2Config, kwargs: dict[str, Any]) -> None:
+    """Send FP8-block and INT4-pack checkpoints to our quantizer, unless transformers' FP8 kernels can run them."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored.to_dict() if stored is not None and not isinstance(stored, dict) else stored
+    if not stored:
+        if stored is not None:
+            del config.quantization_config
+        return
+    asked = kwargs.get("quantization_config")
+    asked = asked.to_dict() | {"dequantize": getattr(asked, "dequantize", False)} if hasattr(asked, "to_dict") else asked
+    method = str(getattr(stored["quant_method"], "value", stored["quant_method"]))
+    if method == "fp8":
+        block = tuple(stored.get("weight_block_size") or ())
+        if len(block) != 2:
+            return
+        if not (asked or {}).get("dequantize", False) and _fp8_kernels_run():
+            return
+        ours = {"quant_method": METHOD, "block": block}
+    elif method == "compressed-tensors" and _is_int4_pack(stored):
+        ours = {"quant_method": METHOD}
+    else:
+        return
+    if asked is not None:
+        wanted = str(getattr(asked["quant_method"], "value", asked["quant_method"]))
+        if wanted != method:
+            raise ValueError(
+                f"The checkpoint is quantised with {method!r}, but quantization_config asks for {wanted!r}: load it "
+                f"without quantization_config, save it (that writes bf16), and quantise the result."
+            )
+        del kwargs["quantization_config"]
+    if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
+        raise ValueError(
+            f"A {method!r} checkpoint cannot be split over ranks while it is dequantised: load it on one process, "
+            f"save it as bf16, then load that with a distributed_config."
+        )
+    if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto") and config.dtype is None:
+        kwargs["dtype"] = torch.bfloat16  # "auto" would read float8 or int32 from the first tensor
+    config.quantization_config = ours
+
+
+def _fp8_kernels_run() -> bool:
+    """Where transformers' finegrained-FP8 quantizer would not fall back to dequantising (read, not tried here)."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 9)
+    return torch.xpu.is_available()
+
+
+def _is_int4_pack(stored: dict[str, Any]) -> bool:
+    groups = [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()]
+    return bool(groups) and all(
+        weights.get("num_bits") == 4 and weights.get("type") == "int" and weights.get("symmetric") is True
+        for weights in groups
+    ) and stored.get("format") == "pack-quantized"
+
+
+def _check_report(
+    model: Any, report: Any, config: KimiK2Config, headless: bool, path: Any
+) -> None:
+    """Raise unless every weight of the language model came from the checkpoint and none of it is left over."""
+    prefix = f"{model.base_model_prefix}."
+    bare = not any(name == model.base_model_prefix for name, _ in model.named_children())
+    missing = [key for key in report["missing_keys"] if bare or key.startswith(prefix)]
+    if not headless:
+        missing += [key for key in report["missing_keys"] if key == "lm_head.weight"]
+    first_extra = config.num_hidden_layers
+    extra_layers = range(first_extra, first_extra + (config.num_nextn_predict_layers or 0))
+    extra = re.compile(rf"^(model\.)?layers\.({'|'.join(map(str, extra_layers))})\.") if extra_layers else None
+    leftover = [
+        key for key in report["unexpected_keys"] if not _HEADS.match(key) and not (extra and extra.match(key))
+    ]
+    for kind, keys in (("lacks", missing), ("has, and the model has no place for,", leftover)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"The checkpoint {path} {kind} {min(keys)}{more}; pass strict=False to load it all the same.")
+
+
+def _forget_conversions(model: Any) -> None:
+    """Save in the hub's layout whatever was loaded: drop the record of prefixes and codecs of the source.
+
+    A model that stays quantised keeps it: there the record is what writes its scales back.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        del model._weight_conversions

@@ -1,0 +1,99 @@
+"""The Kimi K2 model classes: transformers' DeepSeek-V3, renamed, with strict loading and hub-shaped saving.
+
+K2's arithmetic is DeepSeek-V3's, so nothing of the forward pass is written again: given the same weights the logits are
+`torch.equal`. What this file adds is the construction from our own base model (so that task heads, PEFT and later
+attention work see one class tree), and the two ends where the stock classes go wrong on published checkpoints:
+`from_pretrained` (see loading.py) and `save_pretrained` (see saving.py).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3ForCausalLM,
+    DeepseekV3Model,
+    DeepseekV3PreTrainedModel,
+)
+
+from . import loading, saving
+from .configuration_kimi_k2 import KimiK2Config
+from .preflight import IGNORED_KEYS
+
+
+class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
+    """Loading and saving for every Kimi K2 class."""
+
+    config_class: ClassVar[type] = KimiK2Config
+    # What a K2 checkpoint may hold beside the language model: the stray rope buffers, K2.5's vision tower and projector.
+    # Upstream's list also hides `model.layers.61.*`: DeepSeek's extra prediction layer, which K2 does not have.
+    _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint in any published form; see `transformers.PreTrainedModel.from_pretrained` for the options.
+
+        bf16, FP8 (128x128 blocks) and compressed-tensors INT4 checkpoints load, with or without K2.5's
+        `language_model.` prefix. FP8 stays FP8 where transformers' own FP8 kernels can run (CUDA capability >= 8.9 or
+        XPU) and `quantization_config=FineGrainedFP8Config(dequantize=True)` does not say otherwise; everything else is
+        dequantised to `dtype`.
+
+        Args:
+            strict: a missing or left-over tensor of the language model is an error (default). With `strict=False` it is
+                only reported, as in transformers.
+
+        Raises:
+            ValueError: the folder, its index, a shard, a tensor's shape or the configuration is wrong; told in one line,
+                from the files' headers, before any weight is allocated.
+        """
+        return loading.from_pretrained(
+            cls, super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save in the hub's layout: one tensor per expert and projection, and the hub's config.json.
+
+        The folder changes only when every file is complete: new files are written under a temporary name, synced, then
+        renamed, the index last. See `transformers.PreTrainedModel.save_pretrained` for the options.
+
+        Args:
+            keep_auto_map: keep the `auto_map` of the configuration that was loaded (left out by default).
+        """
+        saving.save_pretrained(self, super().save_pretrained, save_directory, *args, **kwargs)
+
+
+class KimiK2Model(KimiK2PreTrainedModel, DeepseekV3Model):
+    """The decoder without a head. Input ids [batch, sequence] -> hidden states [batch, sequence, hidden]."""
+
+
+class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
+    """The decoder with its language-model head. Input ids [batch, sequence] -> logits [batch, sequence, vocab]."""
+
+    def __init__(self, config: KimiK2Config) -> None:
+        super(DeepseekV3ForCausalLM, self).__init__(config)  # its own __init__ would build DeepSeek's base model
+        self.model = KimiK2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class KimiK2ForSequenceClassification(GenericForSequenceClassification, KimiK2PreTrainedModel):
+    """The decoder with a classifier on the last token. Input ids [batch, sequence] -> logits [batch, labels]."""
+
+
+class KimiK2ForTokenClassification(GenericForTokenClassification, KimiK2PreTrainedModel):
+    """The decoder with a classifier on every token. Input ids [batch, sequence] -> logits [batch, sequence, labels]."""
+
+
+__all__ = [
+    "KimiK2ForCausalLM",
+    "KimiK2ForSequenceClassification",
+    "KimiK2ForTokenClassification",
+    "KimiK2Model",
+    "KimiK2PreTrainedModel",
+]

@@ -1,0 +1,62 @@
+"""The only file that touches the registries of transformers and peft. `register()` runs on import and is idempotent.
+
+A registered class whose module is not under `transformers.` wins over a hub `auto_map`, whatever `trust_remote_code` says.
+Should a later transformers ship `kimi_k2`, ours replaces it (`exist_ok`): it loads what the stock classes cannot.
+Private upstream names are imported here only; tests/test_upstream.py holds one assert for each fact relied on.
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Kimi_K25Config,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import PrefixChange
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .configuration_kimi_k2 import KimiK2Config
+from .modeling_kimi_k2 import (
+    KimiK2ForCausalLM,
+    KimiK2ForSequenceClassification,
+    KimiK2ForTokenClassification,
+    KimiK2Model,
+)
+from .quantization.hf_quantizer import METHOD, CheckpointConfig, CheckpointQuantizer
+from .tokenization_kimi_k2 import KimiK2Tokenizer
+
+MODEL_TYPE = KimiK2Config.model_type
+
+
+def register() -> None:
+    """Make the Auto classes, the weight conversions and the quantizers know the Kimi K2 family."""
+    AutoConfig.register(MODEL_TYPE, KimiK2Config, exist_ok=True)
+    AutoModel.register(KimiK2Config, KimiK2Model, exist_ok=True)
+    AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        KimiK2Config, KimiK2ForSequenceClassification, exist_ok=True
+    )
+    AutoModelForTokenClassification.register(KimiK2Config, KimiK2ForTokenClassification, exist_ok=True)
+    # The text half of a K2.5 checkpoint: AutoModelForCausalLM has no class for it. The public method refuses a model
+    # whose config class is another one, so the mapping is told directly.
+    AutoModelForCausalLM._model_mapping.register(Kimi_K25Config, KimiK2ForCausalLM, exist_ok=True)
+
+    AutoTokenizer.register(KimiK2Config, fast_tokenizer_class=KimiK2Tokenizer, exist_ok=True)
+    REGISTERED_TOKENIZER_CLASSES["TikTokenTokenizer"] = KimiK2Tokenizer  # the name in the hub's tokenizer_config.json
+
+    # Not inherited by subclassing: without it per-expert checkpoints load with randomly initialised experts.
+    experts = get_checkpoint_conversion_mapping("deepseek_v3")
+    mapping = [PrefixChange(prefix_to_remove="language_model"), *experts]
+    register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CheckpointConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = CheckpointQuantizer
