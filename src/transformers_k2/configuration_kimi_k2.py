@@ -18,8 +18,11 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV3Config, GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
 
 from .files import write_text
+
+logger = logging.get_logger(__name__)
 
 # config.json of moonshotai/Kimi-K2-Instruct
 ROPE_THETA = 50000.0
@@ -85,8 +88,7 @@ class KimiK2Config(DeepseekV3Config):
     ep_size: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = {field.name for field in fields(self)} | _TRANSFORMERS_KEYS
-        known |= set(GenerationConfig._get_default_generation_params())
+        known = self._known_keys()
         for key in kwargs:
             if key not in known and not key.startswith("_"):
                 near = difflib.get_close_matches(key, sorted(known), n=1)
@@ -103,6 +105,11 @@ class KimiK2Config(DeepseekV3Config):
         if self.rope_parameters is not None:
             self.rope_parameters.pop("type", None)  # the 4.x name; `rope_type` holds it now
         self._check()
+
+    @classmethod
+    def _known_keys(cls) -> set[str]:
+        known = {field.name for field in fields(cls)} | _TRANSFORMERS_KEYS
+        return known | set(GenerationConfig._get_default_generation_params())
 
     def _check(self) -> None:
         """Contradictions, each told in one line before a model of a trillion parameters is laid out."""
@@ -138,6 +145,18 @@ class KimiK2Config(DeepseekV3Config):
         for name, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
             demand(getattr(self, name) == only, f"{name} must be {only!r} in this family, got {getattr(self, name)!r}.")
 
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """The hub's name of `rope_parameters`. Setting it keeps the base frequency, as an edit of config.json does."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        value = dict(value or {})
+        rope_type = value.pop("type", "default")
+        theta = (self.rope_parameters or {}).get("rope_theta", ROPE_THETA)
+        self.rope_parameters = {"rope_type": rope_type, "rope_theta": theta, **value}
+
     def to_hub_dict(self, keep_auto_map: bool = False) -> dict[str, Any]:
         """This configuration as the hub's config.json: complete, with the key names of transformers 4.x.
 
@@ -157,7 +176,9 @@ class KimiK2Config(DeepseekV3Config):
         if architectures := hub.get("architectures"):
             hub["architectures"] = [published.get(name, name) for name in architectures]
         dropped = _DERIVED_KEYS if keep_auto_map else (*_DERIVED_KEYS, "auto_map")
-        return {key: hub[key] for key in sorted(hub) if key not in dropped and not key.startswith("_")}
+        # Attributes that a program hung on the configuration: a file that has them would be refused on loading.
+        kept = self._known_keys().difference(dropped)
+        return {key: hub[key] for key in sorted(hub) if key in kept and not key.startswith("_")}
 
     def to_json_string(self, use_diff: bool = True, keep_auto_map: bool = False) -> str:
         """The text of config.json: the hub's form (see [`to_hub_dict`]), or every attribute with `use_diff=False`."""
@@ -169,6 +190,8 @@ class KimiK2Config(DeepseekV3Config):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config.json in the hub's form; `keep_auto_map=True` keeps a loaded `auto_map` (see [`to_hub_dict`])."""
         keep_auto_map = kwargs.pop("keep_auto_map", False)
+        if strangers := sorted(key for key in vars(self).keys() - self._known_keys() if not key.startswith("_")):
+            logger.warning(f"config.json leaves out {', '.join(strangers)}: no KimiK2Config key, loading would refuse it.")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         if keep_auto_map:
             write_text(Path(save_directory) / "config.json", self.to_json_string(keep_auto_map=True))

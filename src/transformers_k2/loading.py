@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 _HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs)\.")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _CONFIG_KWARGS = {field.name for field in fields(KimiK2Config)} - {"dtype"}
-_CONFIG_KWARGS |= {"num_labels", "attn_implementation", "experts_implementation", "output_attentions"}
+_CONFIG_KWARGS |= {"num_labels", "attn_implementation", "experts_implementation", "output_attentions", "rope_scaling"}
 _INDEX_NAME = "model.safetensors.index.json"
 
 

@@ -33,6 +33,12 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Upstream searches the source of the class's own module for the experts' decorator; it is in DeepSeek's module.
+        # Answering for ourselves we would be held to the eager loop over experts.
+        return DeepseekV3PreTrainedModel._can_set_experts_implementation()
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Any:

@@ -17,9 +17,9 @@ PER_INT32 = 8
 
 def unpack(packed: Int[Tensor, "out packed_in"], in_features: int) -> Int8[Tensor, "out in"]:
     """The codes -8..7 as int8 [out, in_features]; `packed` is int32 [out, ceil(in_features/8)]."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    nibbles = (packed.unsqueeze(-1) >> shifts) & 15  # (out, packed_in, 8); the sign bits are masked off
-    return (nibbles - 8).to(torch.int8).flatten(1)[:, :in_features]
+    pairs = packed.contiguous().view(torch.uint8).to(torch.int16)  # one byte holds two codes, the first in its low half
+    spread = pairs.bitwise_left_shift(4).bitwise_or_(pairs).bitwise_and_(0x0F0F)  # ... and now each has its own byte
+    return spread.view(torch.int8).sub_(8)[:, :in_features]
 
 
 def decode(
@@ -46,8 +46,10 @@ def decode(
             f"INT4 weight_scale {list(scale.shape)} does not divide a [{out_features}, {in_features}] weight into groups."
         )
     out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
-    for start in range(0, rows, 256):  # one band of rows at a time: the int32 and float32 copies stay small
-        band = slice(start, start + 256)
-        codes = unpack(packed[band], in_features).float().unflatten(1, (groups, -1))
-        out[band] = (codes * scale[band].float().unsqueeze(-1)).flatten(1).to(dtype)
+    # In bf16 the product of a code and a bf16 scale rounds once, as from float32; other types go through float32.
+    working = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+    for start in range(0, rows, 64):  # one band of rows at a time: the intermediate copies stay in cache
+        band = slice(start, start + 64)
+        codes = unpack(packed[band], in_features).to(working).unflatten(1, (groups, -1))
+        out[band] = codes.mul_(scale[band].to(working).unsqueeze(-1)).flatten(1)
     return out

@@ -1,0 +1,22 @@
+"""Training by recipe: `k2 train RECIPE` is `train(recipe, overrides)`; the parts are for scripts of one's own."""
+
+from __future__ import annotations
+
+from .callbacks import Metrics, NonFiniteLossError, ProgressBar
+from .loop import build_config, build_model, build_trainer, prepare_data, train
+from .recipe import Recipe, load_recipe
+from .report import RunSummary
+
+__all__ = [
+    "Metrics",
+    "NonFiniteLossError",
+    "ProgressBar",
+    "Recipe",
+    "RunSummary",
+    "build_config",
+    "build_model",
+    "build_trainer",
+    "load_recipe",
+    "prepare_data",
+    "train",
+]

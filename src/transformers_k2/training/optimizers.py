@@ -1,0 +1,63 @@
+"""The optimizers a recipe can name, each a dataclass of its options: one table, nothing registers itself.
+
+A row's `cls_and_kwargs()` is what `transformers.Trainer(optimizer_cls_and_kwargs=...)` takes, so a recipe's optimizer also
+serves a Trainer that someone builds by hand. An optimizer that groups parameters by their role in the model is a function
+of the model; Trainer calls such factories as `factory()(model, **kwargs)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from .schema import above, at_least, between
+
+Rate = Annotated[float, above(0)]
+Beta = Annotated[float, between(0, 1)]
+
+
+class OptimizerOptions(Protocol):
+    """What every row of the table offers."""
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate; the recipe's schedule scales it."""
+        ...
+
+    def cls_and_kwargs(self) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """The pair that Trainer's `optimizer_cls_and_kwargs` takes."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """torch's AdamW with one group: weight decay applies to every parameter, RMSNorm gains and embeddings included.
+
+    Trainer by default spares norms and biases. K2's predecessor found that decay on the norm gains matters at scale
+    (Moonlight, arXiv 2502.16982), and one rule for all parameters leaves nothing to get wrong.
+    """
+
+    name: Literal["adamw"]
+    lr: Rate
+    betas: tuple[Beta, Beta]
+    weight_decay: Annotated[float, at_least(0)]
+    eps: Annotated[float, above(0)]
+
+    def cls_and_kwargs(self) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """A factory of `torch.optim.AdamW` over all trainable parameters, and its options."""
+        options = asdict(self)
+        del options["name"]
+        return lambda: adamw, options
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    """AdamW over every parameter that requires a gradient; fused, because one call per tensor costs more than its sums."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **options)
+
+
+# A recipe's `optimizer.name` -> its options. A new optimizer is one dataclass and one row.
+OPTIMIZERS: Mapping[str, type] = {"adamw": AdamW}

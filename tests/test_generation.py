@@ -1,0 +1,139 @@
+"""`generate` on the Kimi K2 classes gives what transformers' DeepSeek-V3 gives, with every cache and search it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, pipeline, set_seed
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
+
+PROMPT = torch.tensor([[17, 4, 301, 99, 4, 230, 41]])
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.fixture
+def stock(tiny_model: KimiK2ForCausalLM) -> DeepseekV3ForCausalLM:
+    hub = tiny_model.config.to_hub_dict() | {"model_type": "deepseek_v3"}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(hub)).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    return model
+
+
+def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    set_seed(5)
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def by_hand(model: KimiK2ForCausalLM, ids: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Greedy decoding without `generate` and without a cache."""
+    with torch.no_grad():
+        for _ in range(num_new):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == model.config.eos_token_id:
+                break
+    return ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        {"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 50},
+        {"max_new_tokens": 12, "do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+        {"max_new_tokens": 12, "do_sample": True, "num_beams": 2},
+        GREEDY | {"use_cache": False},
+        GREEDY | {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=["greedy", "sampling", "beams", "sampled beams", "no cache", "penalties"],
+)
+def test_equals_deepseek(options: dict, tiny_model: KimiK2ForCausalLM, stock: DeepseekV3ForCausalLM) -> None:
+    ids = torch.cat([PROMPT, PROMPT.flip(1)])
+    got = generate(tiny_model, ids, **options)
+    assert torch.equal(got, generate(stock, ids, **options))
+    assert got.shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_every_cache_gives_the_text_without_one(cache: str, tiny_model: KimiK2ForCausalLM) -> None:
+    options = GREEDY | {"cache_implementation": cache, "disable_compile": True}
+    assert torch.equal(generate(tiny_model, PROMPT, **options), by_hand(tiny_model, PROMPT, 12))
+
+
+BACKENDS = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_cache(backend: str, tiny_model: KimiK2ForCausalLM) -> None:
+    """8 bits over the compressed latents, the newest of them kept exact: the text stays close to the exact cache's."""
+    if not BACKENDS[backend]():
+        pytest.skip(f"the {backend} package is not installed")
+    quantised = {"backend": backend, "nbits": 8, "axis-key": 0, "axis-value": 0, "q_group_size": 12}
+    options = GREEDY | {"cache_implementation": "quantized", "cache_config": quantised}
+    got = generate(tiny_model, PROMPT, **options)
+    assert torch.equal(got[:, :9], generate(tiny_model, PROMPT, **GREEDY)[:, :9])
+
+
+@pytest.mark.skipif(any(available() for available in BACKENDS.values()), reason="a backend is installed")
+def test_quantised_cache_says_what_it_needs(tiny_model: KimiK2ForCausalLM) -> None:
+    with pytest.raises(ImportError, match="quanto"):
+        generate(tiny_model, PROMPT, **GREEDY, cache_implementation="quantized")
+
+
+def test_left_padded_batch_equals_each_alone(tiny_model: KimiK2ForCausalLM) -> None:
+    prompts = [PROMPT[0], PROMPT[0, :2], torch.tensor([250, 9, 33, 12])]
+    longest = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long()
+    batch = generate(tiny_model, ids, mask, **GREEDY)[:, longest:]
+    for row, prompt in zip(batch, prompts, strict=True):
+        alone = generate(tiny_model, prompt[None], **GREEDY)[0, len(prompt) :]
+        assert torch.equal(row[: len(alone)], alone)
+        assert (row[len(alone) :] == tiny_model.config.pad_token_id).all()
+
+
+def test_stops_at_the_end_token(tiny_model: KimiK2ForCausalLM) -> None:
+    free = generate(tiny_model, PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
+    stop = free[4]
+    got = generate(tiny_model, PROMPT, **GREEDY, eos_token_id=stop)[0, PROMPT.shape[1] :].tolist()
+    assert got == free[: free.index(stop) + 1]
+
+
+def test_assisted_by_a_smaller_model(
+    tiny_model: KimiK2ForCausalLM, tiny_config: Callable[..., KimiK2Config]
+) -> None:
+    draft = KimiK2ForCausalLM(tiny_config(num_hidden_layers=1)).eval()
+    assert torch.equal(generate(tiny_model, PROMPT, assistant_model=draft, **GREEDY), generate(tiny_model, PROMPT, **GREEDY))
+
+
+def test_the_cache_holds_latents(tiny_model: KimiK2ForCausalLM) -> None:
+    """kv_lora_rank + qk_rope_head_dim numbers per token and layer, not two per head."""
+    cache = tiny_model(PROMPT, use_cache=True).past_key_values
+    for layer in cache.layers:
+        assert layer.keys.shape == (1, 1, 7, 24)
+        assert layer.values.shape == (1, 1, 7, 12)
+
+
+def test_text_generation_pipeline(
+    tiny_model: KimiK2ForCausalLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    vocabulary = {"<pad>": 0, **{f"w{index}": index for index in range(1, 331)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    writer = pipeline("text-generation", model=tiny_model, tokenizer=tokenizer)
+    text = " ".join(f"w{index}" for index in PROMPT[0].tolist())
+    [answer] = writer(text, max_new_tokens=12, do_sample=False, return_full_text=False)
+    wanted = by_hand(tiny_model, PROMPT, 12)[0, PROMPT.shape[1] :].tolist()
+    assert answer["generated_text"].split() == [f"w{index}" for index in wanted]
+    assert "not supported" not in caplog.text
