@@ -34,7 +34,9 @@ SHAPE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5, help="loads of each kind; the median counts")
     repeats = parser.parse_args().repeats
     logging.disable_progress_bar()
@@ -47,10 +49,14 @@ def main() -> None:
             "fp8": (checkpoints.to_fp8(plain), {"quantization_config": checkpoints.FP8_CONFIG}),
             "int4": (checkpoints.to_int4(plain), {"quantization_config": checkpoints.INT4_CONFIG}),
         }
-        print(f"{sum(t.numel() for t in plain.values()) / 1e6:.0f}M parameters, loaded as bf16 on {torch.get_num_threads()} threads")
+        print(
+            f"{sum(t.numel() for t in plain.values()) / 1e6:.0f}M parameters, loaded as bf16 on {torch.get_num_threads()} threads"
+        )
         ratios = {}
         for form, (tensors, extra) in forms.items():
-            ours = checkpoints.write(home / f"{form}_ours", tensors, checkpoints.hub_config(**SHAPE, **extra), stray=False)
+            ours = checkpoints.write(
+                home / f"{form}_ours", tensors, checkpoints.hub_config(**SHAPE, **extra), stray=False
+            )
             stock = home / f"{form}_stock"
             shutil.copytree(ours, stock)
             config = json.loads((stock / "config.json").read_text()) | {"model_type": "deepseek_v3"}

@@ -38,9 +38,17 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-ROPE = {"rope_theta": 50000.0, "rope_scaling": {"type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0}}
+ROPE = {
+    "rope_theta": 50000.0,
+    "rope_scaling": {"type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+}
 ROPE["rope_scaling"] |= {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
-FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 INT4_CONFIG = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -61,7 +69,11 @@ INT4_CONFIG = {
 
 def hub_config(**changes: Any) -> dict[str, Any]:
     """A config.json as published: model_type kimi_k2, DeepSeek's class name and an auto_map to remote code."""
-    published = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "torch_dtype": "bfloat16"}
+    published = {
+        "model_type": "kimi_k2",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "torch_dtype": "bfloat16",
+    }
     published["auto_map"] = {
         "AutoConfig": "configuration_deepseek.DeepseekV3Config",
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
@@ -109,7 +121,9 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for j in range(scales.shape[1]):
             block = weight[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128].float()
             scales[i, j] = block.abs().max() / 448.0
-            quantised[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] = (block / scales[i, j]).to(quantised.dtype)
+            quantised[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] = (block / scales[i, j]).to(
+                quantised.dtype
+            )
     return quantised, scales
 
 
@@ -139,11 +153,15 @@ def int4_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for group in range(scales.shape[1]):
         columns = weight[:, group * 32 : (group + 1) * 32].float()
         scales[:, group] = (columns.abs().amax(1) / 7).to(torch.bfloat16)
-        codes[:, group * 32 : (group + 1) * 32] = torch.round(columns / scales[:, group : group + 1].float()).clamp(-7, 7)
+        codes[:, group * 32 : (group + 1) * 32] = torch.round(
+            columns / scales[:, group : group + 1].float()
+        ).clamp(-7, 7)
     return codes, scales
 
 
-def to_int4(tensors: dict[str, torch.Tensor], shape_dtype: torch.dtype = torch.int32) -> dict[str, torch.Tensor]:
+def to_int4(
+    tensors: dict[str, torch.Tensor], shape_dtype: torch.dtype = torch.int32
+) -> dict[str, torch.Tensor]:
     """K2-Thinking's form: routed experts packed by compressed-tensors, the rest as it is."""
     stored = {}
     for name, tensor in tensors.items():

@@ -8,4 +8,7 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 
 def test_import_contracts() -> None:
-    assert lint_imports(config_filename=str(Path(__file__).parents[1] / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
+    assert (
+        lint_imports(config_filename=str(Path(__file__).parents[1] / "pyproject.toml"), no_cache=True)
+        == EXIT_STATUS_SUCCESS
+    )

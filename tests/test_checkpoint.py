@@ -144,12 +144,20 @@ def test_a_hub_cache_snapshot_is_links_to_blobs(tmp_path: Path) -> None:
     assert sorted(Checkpoint.open(snapshot).tensors) == sorted(tensors())
     (tmp_path / "shortcut").symlink_to(snapshot)
     assert sorted(Checkpoint.open(tmp_path / "shortcut").tensors) == sorted(tensors())
-    # Another repository's blobs are outside this one.
+    # Another repository's blobs are outside this one, under their own name and behind a link.
     other = tmp_path / "models--evil--twin" / "snapshots" / "1"
     other.mkdir(parents=True)
     for path in snapshot.iterdir():
         (other / path.name).symlink_to(path.resolve())
     refused(other, "is a link to .*outside the folder")
+    (other.parents[1] / "blobs").symlink_to(cache / "blobs")
+    refused(other, "is a link to .*outside the folder")
+    fake = tmp_path / "folder" / "snapshots" / "1"  # the shape of a cache in a place that is none
+    fake.mkdir(parents=True)
+    (tmp_path / "folder" / "blobs").mkdir()
+    (cache / "blobs" / f"{0:064x}").rename(tmp_path / "folder" / "blobs" / "a")
+    (fake / "model.safetensors").symlink_to("../../blobs/a")
+    refused(fake, "is a link to .*outside the folder")
 
 
 def test_links_inside_the_folder_are_followed_and_links_out_of_it_are_not(tmp_path: Path) -> None:
@@ -265,7 +273,7 @@ HEADERS = {
     "dtype list": (raw({"a": entry(0, 4, dtype=[])}, bytes(4)), r"has the dtype \[\]"),
     "no dtype": (raw({"a": {"shape": [4], "data_offsets": [0, 4]}}, bytes(4)), "two data_offsets"),
     "not an object": (raw({"a": 3}), "is 3: expected dtype"),
-    "metadata": (raw({"__metadata__": {"format": 1}}), "__metadata__ that is not all text"),
+    "metadata": (raw({"__metadata__": {"format": 1}}), "has __metadata__ that is not all text"),
     "list": (raw(b"[]"), "begins with b'\\['"),
     "not JSON": (raw(b'{"a": '), "is not JSON"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "is not JSON"),

@@ -8,17 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    FP8_CONFIG,
-    INT4_CONFIG,
-    decoded,
-    hub_config,
-    per_expert,
-    stock_model,
-    to_fp8,
-    to_int4,
-    write,
-)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,6 +21,17 @@ from transformers import (
     FineGrainedFP8Config,
 )
 
+from checkpoints import (
+    FP8_CONFIG,
+    INT4_CONFIG,
+    decoded,
+    hub_config,
+    per_expert,
+    stock_model,
+    to_fp8,
+    to_int4,
+    write,
+)
 from transformers_k2 import KimiK2ForCausalLM, KimiK2ForSequenceClassification, KimiK2Model
 
 CODECS = {
@@ -147,7 +147,9 @@ def test_stock_class_cannot_load_partial_fp8_blocks(tmp_path: Path) -> None:
 
 def test_quantization_config_argument(tmp_path: Path) -> None:
     fp8, stored = checkpoint(tmp_path / "fp8", "fp8")
-    model = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=FineGrainedFP8Config(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        fp8, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
     assert_means(model, decoded(stored, torch.bfloat16))
     int4, stored = checkpoint(tmp_path / "int4", "int4")
     asked = CompressedTensorsConfig(dequantize=True)
@@ -183,7 +185,9 @@ def test_auto_map_is_kept_when_asked(tmp_path: Path) -> None:
 
 def test_task_heads(tmp_path: Path) -> None:
     folder, stored = checkpoint(tmp_path / "hub")
-    model, report = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, output_loading_info=True)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, output_loading_info=True
+    )
     assert type(model) is KimiK2ForSequenceClassification
     assert model.score.weight.shape[0] == 3
     assert report["missing_keys"] == {"score.weight"}

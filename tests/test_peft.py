@@ -22,7 +22,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, KimiK2ForSequenceClassification, KimiK2Model
 
@@ -158,7 +164,9 @@ def scaling(config: dict[str, Any], rank: int, alpha: float) -> float:
     return alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
 
 
-def folded(folder: Path, base: dict[str, torch.Tensor], per_expert_file: bool = False) -> dict[str, torch.Tensor]:
+def folded(
+    folder: Path, base: dict[str, torch.Tensor], per_expert_file: bool = False
+) -> dict[str, torch.Tensor]:
     """float64 weights W + scale * B A, read from an adapter folder by the documented meaning of its keys.
 
     Fused keys: A [E r, in] holds expert after expert; in B [out, r E] the expert runs fastest. `experts.base_layer` is
@@ -181,7 +189,9 @@ def folded(folder: Path, base: dict[str, torch.Tensor], per_expert_file: bool = 
                 merged[f"{container}.gate_up_proj"][int(expert), half] += scale * b @ a
         elif name.endswith((".experts", ".experts.base_layer")):
             container = name.removesuffix(".base_layer")
-            outer = "down_proj" if f"base_model.model.{container}.base_layer.lora_A.weight" in stored else None
+            outer = (
+                "down_proj" if f"base_model.model.{container}.base_layer.lora_A.weight" in stored else None
+            )
             outer = outer or config["target_parameters"][0].rsplit(".", 1)[-1]
             parameter = "gate_up_proj" if name.endswith("base_layer") else outer
             rank = a.shape[0] // EXPERTS
@@ -189,7 +199,9 @@ def folded(folder: Path, base: dict[str, torch.Tensor], per_expert_file: bool = 
             for expert in range(EXPERTS):
                 a_expert = a[expert * rank : (expert + 1) * rank]
                 b_expert = b[:, expert::EXPERTS]
-                merged[f"{container}.{parameter}"][expert] += scaling(config, rank, alpha) * b_expert @ a_expert
+                merged[f"{container}.{parameter}"][expert] += (
+                    scaling(config, rank, alpha) * b_expert @ a_expert
+                )
         else:
             name += "" if name.endswith(".mlp.gate.weight") else ".weight"
             merged[name] += scaling(config, a.shape[0], config["lora_alpha"]) * b @ a
@@ -261,7 +273,9 @@ def test_targets(options: dict[str, Any], expected: set[str], tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # among others: adapter keys that were not found
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)  # PEFT asks modules only
+        warnings.filterwarnings(
+            "ignore", "You have passed exclude_modules", UserWarning
+        )  # PEFT asks modules only
         again = PeftModel.from_pretrained(kimi(), tmp_path)
     assert adapted(again) == expected
     assert torch.equal(logits(again), logits(model))
@@ -277,7 +291,9 @@ def test_other_roots() -> None:
     base = get_peft_model(kimi(KimiK2Model), lora(target_modules="all-linear", task_type=None))
     assert adapted(base) == {name.removeprefix("model.") for name in EVERYTHING}
     # The classifier's head is trained, not adapted; PEFT adds both names that such heads have.
-    head = get_peft_model(kimi(KimiK2ForSequenceClassification), lora(target_modules="all-linear", task_type="SEQ_CLS"))
+    head = get_peft_model(
+        kimi(KimiK2ForSequenceClassification), lora(target_modules="all-linear", task_type="SEQ_CLS")
+    )
     assert adapted(head) == EVERYTHING
     assert head.base_model.model.score.modules_to_save.default.weight.requires_grad
 
@@ -352,7 +368,10 @@ def test_logits_against_float64(options: dict[str, Any], ranks: tuple[int, int],
             wrappers = [module, module.base_layer]
             for wrapper in wrappers:
                 if getattr(wrapper, "lora_A", None):
-                    assert wrapper.lora_A.default.weight.shape[0] == EXPERTS * ranks[FUSED.index(wrapper.parameter_name)]
+                    assert (
+                        wrapper.lora_A.default.weight.shape[0]
+                        == EXPERTS * ranks[FUSED.index(wrapper.parameter_name)]
+                    )
     model.save_pretrained(tmp_path)
     assert_close_fp64(logits(model), oracle(folded(tmp_path, weights())))
 
@@ -372,7 +391,11 @@ def test_logits_against_float64(options: dict[str, Any], ranks: tuple[int, int],
     ids=str,
 )  # fmt: skip
 def test_rank_and_alpha_patterns(
-    patterns: dict[str, Any], gate_up: tuple[int, int], down: tuple[int, int], shared_down: int, tmp_path: Path
+    patterns: dict[str, Any],
+    gate_up: tuple[int, int],
+    down: tuple[int, int],
+    shared_down: int,
+    tmp_path: Path,
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -380,7 +403,10 @@ def test_rank_and_alpha_patterns(
     model.save_pretrained(tmp_path)
     for each in (model, PeftModel.from_pretrained(kimi(), tmp_path)):
         for layer in each.base_model.model.model.layers[1:]:
-            for wrapper, (rank, alpha) in ((layer.mlp.experts.base_layer, gate_up), (layer.mlp.experts, down)):
+            for wrapper, (rank, alpha) in (
+                (layer.mlp.experts.base_layer, gate_up),
+                (layer.mlp.experts, down),
+            ):
                 assert wrapper.r["default"] == rank
                 assert wrapper.lora_A.default.weight.shape[0] == EXPERTS * rank
                 assert wrapper.scaling["default"] == alpha / rank
@@ -561,7 +587,11 @@ def test_several_adapters(tmp_path: Path) -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(kimi()))
     model.save_pretrained(tmp_path)
-    for folder, value in ((tmp_path, first), (tmp_path / "second", expected["second"]), (tmp_path / "third", expected["third"])):
+    for folder, value in (
+        (tmp_path, first),
+        (tmp_path / "second", expected["second"]),
+        (tmp_path / "third", expected["third"]),
+    ):
         assert torch.equal(logits(PeftModel.from_pretrained(kimi(), folder)), value)
 
 
@@ -592,7 +622,9 @@ def test_every_adapted_tensor_gets_a_gradient(checkpointing: bool) -> None:
         assert gradient.abs().max() > 0, name
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in frozen.items())
-    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in trainable)
+    assert all(
+        parameter.grad is None for name, parameter in model.named_parameters() if name not in trainable
+    )
 
 
 def test_gradients_against_float64(tmp_path: Path) -> None:
@@ -653,20 +685,29 @@ def test_other_models_are_untouched() -> None:
 
     upstream = conversion.convert_peft_config_for_transformers.__closure__[0].cell_contents
     assert upstream.__module__ == conversion.__name__
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 11,
+    }
     for model in (stock(), LlamaForCausalLM(LlamaConfig(**sizes)), nn.Sequential(nn.Linear(3, 3))):
-        ours, theirs = lora(target_modules=["gate_proj", "up_proj", "0"]), lora(target_modules=["gate_proj", "up_proj", "0"])
+        ours, theirs = (
+            lora(target_modules=["gate_proj", "up_proj", "0"]),
+            lora(target_modules=["gate_proj", "up_proj", "0"]),
+        )
         conversion.convert_peft_config_for_transformers(ours, model=model, conversions=None)
         upstream(theirs, model=model, conversions=None)
         assert ours == theirs
 
 
-# Each in a fresh interpreter. The first import of the other two names of PEFT is what its functions do when they run.
+# Each in a fresh interpreter. PEFT imports the module that is wrapped when it first adapts a model.
 SCRIPTS = {
     "peft_first": """
-import torch, peft
+import sys, torch, peft
 peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
-import peft.utils.transformers_weight_conversion
+assert "peft.utils.transformers_weight_conversion" in sys.modules
 import transformers_k2
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
 """,
@@ -684,8 +725,7 @@ import peft
 """,
 }
 CHECK = """
-from transformers_k2 import peft_mapping
-peft_mapping.register()
+transformers_k2.register()
 model = KimiK2ForCausalLM(KimiK2Config(**SHAPE))
 adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
 names = {name for name, _ in adapted.named_parameters() if "lora_A" in name}

@@ -25,7 +25,7 @@ def test_find_by_stem_file_name_and_path(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_name_is_told_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="Did you mean 'kimi_k2_instruct'.*Choices: .*debug_0_2b"):
+    with pytest.raises(ValueError, match=r"Did you mean 'kimi_k2_instruct'.*Choices: .*debug_0_2b"):
         resources.find("configs", "kimi_k2_instrukt")
     with pytest.raises(ValueError, match="Unknown resource kind 'config'"):
         resources.find("config", "kimi_k2_instruct")
@@ -44,9 +44,8 @@ def test_a_wheel_carries_the_data(tmp_path: Path) -> None:
     outside = {path.relative_to(ROOT) for kind in resources.SUFFIXES for path in (ROOT / kind).rglob("*.*")
                if path.is_file()}  # fmt: skip
     assert inside == outside
-    code = "from transformers_k2.resources import find; print(find('configs', 'debug_0_2b'))"
-    script = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.modules.pop('transformers_k2', None); {code}"
-    # -S -E: without site-packages' editable finder; resources.py needs the standard library only.
-    script = script.replace("from transformers_k2.resources", "sys.path.insert(0, sys.path[0] + '/transformers_k2'); from resources")
-    printed = subprocess.run([sys.executable, "-S", "-E", "-c", script], check=True, capture_output=True, text=True)
+    # -S -E: without the editable install's finder; resources.py itself needs the standard library only.
+    package = str(tmp_path / "site/transformers_k2")
+    code = f"import sys; sys.path.insert(0, {package!r}); from resources import find; print(find('configs', 'debug_0_2b'))"
+    printed = subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True, capture_output=True, text=True)
     assert Path(printed.stdout.strip()) == tmp_path / "site/transformers_k2/_data/configs/debug_0_2b.json"

@@ -1,7 +1,7 @@
-"""The tokenizer against tiktoken, the hub's files and the published chat strings.
+"""The tokenizer against tiktoken and the hub's files.
 
-What needs the real vocabulary is skipped where the data folder next to the checkout is absent; everything that
-does not depend on the exact ids then runs on a vocabulary trained on the standard library.
+What needs the real vocabulary is skipped where the data folder next to the checkout is absent; everything
+that does not depend on the exact ids then runs on a vocabulary trained on the standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 import pytest
 import tiktoken
 from huggingface_hub import constants
-from jinja2.exceptions import TemplateError
 from tiktoken.load import load_tiktoken_bpe
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, TokenizersBackend
@@ -85,7 +84,7 @@ def assert_same_ids(pair: tuple[KimiK2Tokenizer, tiktoken.Encoding], texts: list
     assert tokenizer.batch_decode(ids) == texts
 
 
-# ---- ids ----------------------------------------------------------------------------------------------------
+# ---- ids ------------------------------------------------------------------------------------------------
 
 
 @needs_hub_data
@@ -97,44 +96,43 @@ def test_golden_pairs(kimi: KimiK2Tokenizer) -> None:
 
 
 def test_long_text(pair) -> None:
-    assert_same_ids(
-        pair, ["".join(SOURCES)[:1_000_000], "a" * 50_000, " " * 50_000, "\n" * 50_000, "中 " * 9_999]
-    )
+    long = ["".join(SOURCES)[:1_000_000], "a" * 50_000, " " * 50_000, "\n" * 50_000, "中 " * 9_999]
+    assert_same_ids(pair, long)
 
 
 def test_every_code_point(pair) -> None:
-    """Planes 4 to 13 hold no character and are sampled."""
-    points = [
-        c for c in range(0x110000) if not 0xD800 <= c < 0xE000 and (not 4 <= c >> 16 <= 13 or c % 97 == 0)
-    ]
-    rng = random.Random(0)
+    """Planes 4 to 13 hold no character, 15 and 16 only private ones; these are sampled."""
+    scalars = [*range(0xD800), *range(0xE000, 0x110000)]
+    points = [c for c in scalars if c >> 16 in (0, 1, 2, 3, 14) or c % 97 == 0]
     assert_same_ids(pair, ["\n".join(map(chr, points[i : i + 499])) for i in range(0, len(points), 499)])
-    rng.shuffle(points)
+    random.Random(0).shuffle(points)
     assert_same_ids(pair, ["".join(map(chr, points[i : i + 61])) for i in range(0, len(points), 61 * 4)])
 
 
-def test_random_mixtures(pair) -> None:
-    rng = random.Random(1)
-    pools = [
-        *(
-            "'stredmvlSTREDMVL\u017f\u212a ",
-            " \t\r\n\u3000\xa0\u2028",
-            "0123²①一〇Ⅷ٣",
-            "{}[]()<>|_=+-*/#!?.,;:",
-        ),
-        *(
-            "".join(map(chr, block))
-            for block in (range(0x300, 0x370), range(0x4E00, 0x9FFF), range(0x3040, 0x3100))
-        ),
-        "".join(map(chr, range(0x1F300, 0x1FAFF))) + "\u200d\ufe0f",
-    ]
+POOLS = [
+    "'stredmvlSTREDMVL\u017f\u212a ",
+    " \t\r\n\u3000\xa0\u2028",
+    "0123²①一\u3007Ⅷ٣",
+    "{}[]()<>|_=+-*/#!?.,;:",
+    "".join(map(chr, range(0x300, 0x370))),
+    "".join(map(chr, range(0x3040, 0x3100))),
+    "".join(map(chr, range(0x4E00, 0x9FFF))),
+    "".join(map(chr, range(0x1F300, 0x1FAFF))) + "\u200d\ufe0f",
+]
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(count)
     texts = []
-    for _ in range(4000):
-        chosen = rng.choices(pools, k=rng.randint(1, 4))
+    for _ in range(count):
+        chosen = rng.choices(POOLS, k=rng.randint(1, 4))
         texts.append("".join(rng.choice(rng.choice(chosen)) for _ in range(rng.randint(1, 40))))
-    texts += [rng.randbytes(rng.randint(1, 99)).decode("utf-8", "replace") for _ in range(1000)]
-    texts += [rng.randbytes(rng.randint(1, 99)).decode("latin-1") for _ in range(1000)]
-    assert_same_ids(pair, texts)
+        texts.append(rng.randbytes(rng.randint(1, 99)).decode(rng.choice(["utf-8", "latin-1"]), "replace"))
+    return texts
+
+
+def test_random_mixtures(pair) -> None:
+    assert_same_ids(pair, random_texts(2500))
 
 
 def test_unpaired_surrogates(pair) -> None:
@@ -146,31 +144,32 @@ def test_unpaired_surrogates(pair) -> None:
         tokenizer(5)
 
 
-# ---- special tokens -----------------------------------------------------------------------------------------
+# ---- special tokens -------------------------------------------------------------------------------------
 
 SPECIAL_IDS = {
-    **{
-        "[BOS]": 163584,
-        "[EOS]": 163585,
-        "<|im_end|>": 163586,
-        "<|im_user|>": 163587,
-        "<|im_assistant|>": 163588,
-    },
-    **{"[EOT]": 163593, "<|im_system|>": 163594, "<|im_middle|>": 163601, "[UNK]": 163838, "[PAD]": 163839},
-    **{"<|reserved_token_163589|>": 163589, "<|reserved_token_163837|>": 163837},
+    "[BOS]": 163584,
+    "[EOS]": 163585,
+    "<|im_end|>": 163586,
+    "<|im_user|>": 163587,
+    "<|im_assistant|>": 163588,
+    "<|reserved_token_163589|>": 163589,
+    "[EOT]": 163593,
+    "<|im_system|>": 163594,
+    "<|im_middle|>": 163601,
+    "<|media_begin|>": 163602,
+    "<|media_pad|>": 163605,
+    "<|reserved_token_163837|>": 163837,
+    "[UNK]": 163838,
+    "[PAD]": 163839,
 }
 PLAIN_IDS = {
-    **{
-        "<|tool_calls_section_begin|>": 163595,
-        "<|tool_calls_section_end|>": 163596,
-        "<|tool_call_begin|>": 163597,
-    },
-    **{
-        "<|tool_call_argument_begin|>": 163598,
-        "<|tool_call_end|>": 163599,
-        "<think>": 163606,
-        "</think>": 163607,
-    },
+    "<|tool_calls_section_begin|>": 163595,
+    "<|tool_calls_section_end|>": 163596,
+    "<|tool_call_begin|>": 163597,
+    "<|tool_call_argument_begin|>": 163598,
+    "<|tool_call_end|>": 163599,
+    "<think>": 163606,
+    "</think>": 163607,
 }
 
 
@@ -184,12 +183,10 @@ def test_special_tokens(kimi: KimiK2Tokenizer) -> None:
             assert (kimi.encode(f"a{name}b")[1], token.content, token.special) == (index, name, special)
     named = json.loads(HUB_CONFIG.read_text(encoding="utf-8"))["added_tokens_decoder"]
     assert {i: kimi.added_tokens_decoder[int(i)].__getstate__() for i in named} == named
-    assert (kimi.bos_token_id, kimi.eos_token_id, kimi.unk_token_id, kimi.pad_token_id) == (
-        *(163584, 163585, 163838, 163839),
-    )
-    assert (
-        kimi.decode([163586, *kimi.encode("x"), 163597], skip_special_tokens=True) == "x<|tool_call_begin|>"
-    )
+    attributes = (kimi.bos_token_id, kimi.eos_token_id, kimi.unk_token_id, kimi.pad_token_id)
+    assert attributes == (163584, 163585, 163838, 163839)
+    mixed = [163586, *kimi.encode("x"), 163597]
+    assert kimi.decode(mixed, skip_special_tokens=True) == "x<|tool_call_begin|>"
     assert kimi.clean_up_tokenization_spaces is False
     assert kimi("x")["input_ids"] == kimi("x", add_special_tokens=False)["input_ids"]
 
@@ -216,7 +213,7 @@ def test_padding_is_left(small: KimiK2Tokenizer) -> None:
     assert batch["input_ids"][1, 0] == small.pad_token_id == SMALL_SIZE - 1
 
 
-# ---- loading and saving -------------------------------------------------------------------------------------
+# ---- loading and saving ---------------------------------------------------------------------------------
 
 
 def flags(tokenizer: KimiK2Tokenizer) -> dict[int, dict]:
@@ -331,7 +328,7 @@ def test_foreign_tokenizer_json_is_not_trusted(tmp_path: Path, small: KimiK2Toke
         (tmp_path / "tiktoken.model").unlink(missing_ok=True)
 
 
-# ---- the file and its cache ---------------------------------------------------------------------------------
+# ---- the file and its cache -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -380,11 +377,15 @@ def test_missing_or_mismatched_vocabulary(tmp_path: Path, small_folder: Path) ->
     shutil.copy(small_folder / "tokenizer_config.json", tmp_path)
     lines = (small_folder / "tiktoken.model").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "tiktoken.model").write_text("".join(lines[:1000]), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"has 1000 ranks, .* vocabulary of {SMALL_SIZE - 256} ranks"):
+    with pytest.raises(ValueError, match=f"has 1000 ranks .* expected {SMALL_SIZE - 256} ranks"):
         AutoTokenizer.from_pretrained(tmp_path)
 
 
-LOAD = "from transformers_k2 import KimiK2Tokenizer as K; import sys; print(K(vocab_file=sys.argv[1]).encode('abc def'))"
+LOAD = """
+import sys
+from transformers_k2 import KimiK2Tokenizer
+print(KimiK2Tokenizer(vocab_file=sys.argv[1]).encode("abc def"))
+"""
 
 
 def test_cache(tmp_path: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -428,179 +429,11 @@ def test_cache_under_concurrent_processes(tmp_path: Path, small: KimiK2Tokenizer
     assert len(list((tmp_path / "transformers_k2" / "tokenizers").iterdir())) == 1
 
 
-# ---- chat templates -----------------------------------------------------------------------------------------
-
-# Published renderings of one conversation with one tool.
-DESCRIPTION = "Get weather information. Call this tool when the user needs to get weather information"
-CITY = {"type": "string", "description": "City name"}
-PARAMETERS = {"type": "object", "required": ["city"], "properties": {"city": CITY}}
-WEATHER = {
-    "type": "function",
-    "function": {"name": "get_weather", "description": DESCRIPTION, "parameters": PARAMETERS},
-}
-QUESTION = {"role": "user", "content": "What's the weather like in Beijing today? Use the tool to check."}
-PROMPT = (
-    '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"get_weather","description":"Get '
-    'weather information. Call this tool when the user needs to get weather information","parameters":{"type":"object",'
-    '"required":["city"],"properties":{"city":{"type":"string","description":"City name"}}}}}]<|im_end|><|im_system|>'
-    "system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>"
-    "What's the weather like in Beijing today? Use the tool to check.<|im_end|><|im_assistant|>assistant<|im_middle|>"
-)
-ANSWERED = (
-    "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
-    '{"city": "Beijing"}<|tool_call_end|><|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>'
-    '## Return of functions.get_weather:0\n{"weather": "Sunny"}<|im_end|><|im_assistant|>assistant<|im_middle|>'
-)
+# ---- training -------------------------------------------------------------------------------------------
 
 
-def call(arguments: object, name: str = "get_weather", **fields: str) -> dict:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}, **fields}
-
-
-def result(content: object, **fields: str) -> dict:
-    return {"role": "tool", "content": content, **fields}
-
-
-@pytest.fixture
-def render(small: KimiK2Tokenizer) -> Callable[..., str]:
-    return lambda messages, **kwargs: small.apply_chat_template(messages, tokenize=False, **kwargs)
-
-
-@pytest.mark.parametrize("arguments", [{"city": "Beijing"}, '{"city": "Beijing"}'])
-@pytest.mark.parametrize("content", ["", None, []])
-def test_published_strings(render, arguments: object, content: object) -> None:
-    assert render([QUESTION], tools=[WEATHER], add_generation_prompt=True) == PROMPT
-    messages = [
-        QUESTION,
-        {
-            "role": "assistant",
-            "content": content,
-            "tool_calls": [call(arguments, id="functions.get_weather:0")],
-        },
-        result('{"weather": "Sunny"}', tool_call_id="functions.get_weather:0", name="get_weather"),
-    ]
-    assert render(messages, tools=[WEATHER], add_generation_prompt=True) == PROMPT + ANSWERED
-    messages[1]["reasoning_content"] = "Look it up."
-    thinking = render(messages, tools=[WEATHER], add_generation_prompt=True, chat_template="thinking")
-    assert thinking == PROMPT + "<think>Look it up.</think>" + ANSWERED
-
-
-@needs_hub_data
-@pytest.mark.parametrize("system", [None, "Be brief.\n  {{ not jinja }} "])
-def test_plain_chat_equals_the_july_template(render, system: str | None) -> None:
-    july = json.loads(HUB_CONFIG.read_text(encoding="utf-8"))["chat_template"]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [
-        {"role": "user", "content": " leading and trailing \n"},
-        {"role": "assistant", "content": "naïve 中文 <b>&amp;</b>"},
-        {"role": "user", "content": "bye"},
-    ]
-    for prompt in (True, False):
-        ours = render(
-            messages, add_generation_prompt=prompt, default_system_message="You are a helpful assistant"
-        )
-        assert ours == render(messages, add_generation_prompt=prompt, chat_template=july)
-
-
-def test_names_parts_and_tools(render) -> None:
-    tool = {"type": "function", "function": {"name": "查询", "parameters": {"z": 1, "a": "<é'>"}}}
-    messages = [
-        {
-            "role": "system",
-            "name": "guide",
-            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-        },
-        {"role": "user", "name": "Ann", "content": ""},
-        {"role": "assistant", "name": "bot", "content": "c"},
-        {"role": "developer", "content": "d"},
-    ]
-    assert render(messages, tools=[tool]) == (
-        '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"查询","parameters":'
-        '{"z":1,"a":"<é\'>"}}}]<|im_end|><|im_system|>guide<|im_middle|>ab<|im_end|><|im_user|>Ann<|im_middle|>'
-        "<|im_end|><|im_assistant|>bot<|im_middle|>c<|im_end|><|im_system|>developer<|im_middle|>d<|im_end|>"
-    )
-    assert render([QUESTION], default_system_message="").startswith("<|im_user|>")
-    with pytest.raises(TemplateError, match="'image'"):
-        render([{"role": "user", "content": [{"type": "image"}]}])
-
-
-def test_tool_ids(render) -> None:
-    """Ids of the form stay, others are numbered over the conversation, and results follow their call."""
-    messages = [
-        QUESTION,
-        {"role": "assistant", "tool_calls": [call({}, id="call_a"), call({}, name="clock", id="call_b")]},
-        result("second", tool_call_id="call_b", name="clock"),
-        result("first", tool_call_id="call_a"),
-        {"role": "assistant", "tool_calls": [call({}, id="functions.get_weather:5"), call({}), call({})]},
-        result("kept", tool_call_id="functions.get_weather:5"),
-        result({"n": "é"}),
-        result(None),
-    ]
-    rendered = render(messages)
-    ids = ["get_weather:0", "clock:1", "get_weather:5", "get_weather:6", "get_weather:7"]
-    assert [part.split("<|")[0] for part in rendered.split("<|tool_call_begin|>functions.")[1:]] == ids
-    returns = [part.split("<|")[0] for part in rendered.split("## Return of functions.")[1:]]
-    assert returns == [
-        *("clock:1\nsecond", "get_weather:0\nfirst", "get_weather:5\nkept", 'get_weather:6\n{"n": "é"}'),
-        "get_weather:7\n",
-    ]
-    with pytest.raises(TemplateError, match="no call before it"):
-        render([QUESTION, result("lost")])
-
-
-def test_thinking_history(render) -> None:
-    def turn(number: int, **fields: object) -> dict:
-        return {"role": "assistant", "content": f"c{number}", "reasoning_content": f"r{number}", **fields}
-
-    step = {"tool_calls": [call("{}")]}
-    messages = [
-        QUESTION,
-        turn(1, **step),
-        result("x"),
-        turn(2),
-        QUESTION,
-        turn(3, **step),
-        result("y"),
-        turn(4, **step),
-    ]
-
-    def thoughts(**kwargs: object) -> list[str]:
-        parts = render(messages, chat_template="thinking", **kwargs).split("<think>")[1:]
-        return [part.split("<|")[0] for part in parts]
-
-    assert thoughts() == ["</think>c1", "</think>c2", "r3</think>c3", "r4</think>c4"]
-    assert thoughts(preserve_thinking=True) == [f"r{n}</think>c{n}" for n in (1, 2, 3, 4)]
-    messages.append(turn(5))
-    assert thoughts() == [f"</think>c{n}" for n in (1, 2, 3, 4, 5)]
-    assert "think" not in render(messages)
-
-
-def test_assistant_mask_covers_the_generated_tokens(small: KimiK2Tokenizer) -> None:
-    messages = [QUESTION, {"role": "assistant", "content": "sure ", "tool_calls": [call("{}")]}, result("x")]
-    messages += [{"role": "assistant", "content": "done"}]
-    for template, thought in (("instruct", ""), ("thinking", "<think></think>")):
-        batch = small.apply_chat_template(messages, chat_template=template, return_assistant_tokens_mask=True)
-        chosen = [i for i, mask in zip(batch["input_ids"], batch["assistant_masks"], strict=True) if mask]
-        assert small.decode(chosen) == (
-            f"{thought}sure <|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
-            "<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
-            f"{thought}done<|im_end|>"
-        )
-
-
-def test_templates_agree_and_can_be_chosen(small_folder: Path) -> None:
-    thinking = iter(CHAT_TEMPLATES["thinking"].splitlines())
-    assert all(line in thinking for line in CHAT_TEMPLATES["instruct"].splitlines()), "not a subsequence"
-    chosen = AutoTokenizer.from_pretrained(small_folder, chat_template="thinking")
-    assert chosen.chat_template == CHAT_TEMPLATES["thinking"]
-    assert AutoTokenizer.from_pretrained(small_folder).chat_template == CHAT_TEMPLATES["instruct"]
-    prefilled = [QUESTION, {"role": "assistant", "content": "It is "}]
-    assert chosen.apply_chat_template(prefilled, continue_final_message=True, tokenize=False).endswith(
-        "</think>It is "
-    )
-
-
-# ---- training -----------------------------------------------------------------------------------------------
+def test_trained_ranks_in_tiktoken(small: KimiK2Tokenizer) -> None:
+    assert_same_ids((small, oracle_of(small)), [*SOURCES[:40], *random_texts(1000)])
 
 
 def test_training_is_deterministic(tmp_path: Path, small_folder: Path, small: KimiK2Tokenizer) -> None:

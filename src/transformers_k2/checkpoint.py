@@ -148,11 +148,13 @@ def scan(path: str | Path) -> Scan:
     shards = [name for name in names if name.endswith(".safetensors")]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     problems: list[CheckpointError] = []
+
+    def complain(text: str) -> None:
+        problems.append(CheckpointError(text))
+
     standard = "model" + INDEX_SUFFIX
     if len(indexes) > 1 and standard not in indexes:
-        problems.append(
-            CheckpointError(f"{path} has several indexes ({_some(indexes)}): expected {standard}.")
-        )
+        complain(f"{path} has several indexes ({_some(indexes)}): expected {standard}.")
         indexes = []
     if indexes:
         index = path / (standard if standard in indexes else indexes[0])
@@ -164,17 +166,13 @@ def scan(path: str | Path) -> Scan:
         else:
             used = sorted(set(weight_map.values()))
             if "model.safetensors" in shards and "model.safetensors" not in used:
-                problems.append(
-                    CheckpointError(
-                        f"{path} holds model.safetensors and an index that does not name it: remove one of "
-                        "the two, because transformers would load that file alone."
-                    )
+                why = "transformers would load that file alone"
+                complain(
+                    f"{path} holds model.safetensors and an index that does not name it; {why}: remove one."
                 )
             metadata = content.get("metadata") or {}
             if type(metadata) is not dict:
-                problems.append(
-                    CheckpointError(f"{index} has metadata {_show(metadata)}: expected an object.")
-                )
+                complain(f"{index} has metadata {_show(metadata)}: expected an object.")
                 metadata = {}
             return _read_shards(path, used, index, weight_map, metadata, problems)
     elif "model.safetensors" in shards:
@@ -193,8 +191,7 @@ def check_index(index: Any, folder: str | Path | None, source: str) -> dict[str,
         source: what to call the index in messages.
 
     Raises:
-        CheckpointError: no usable weight_map, a file name that is not a plain name, or a file that is
-        missing.
+        CheckpointError: no usable weight_map, a file name that is not plain, or a file that is missing.
     """
     weight_map = _weight_map(index, source)
     if folder is not None:
@@ -214,8 +211,10 @@ def file_inside(folder: Path, name: str) -> Path:
         target, home = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise CheckpointError(f"{path} cannot be followed ({error}): expected a file.") from None
-    # The hub cache: home is models--owner--name/snapshots/<revision>[/subfolder].
-    blobs = [(parent.parent / "blobs").resolve() for parent in home.parents if parent.name == "snapshots"]
+    # The hub cache: home is models--owner--name/snapshots/<revision>, perhaps with a subfolder. `home` is resolved,
+    # so a `blobs` that is itself a link to somewhere else does not match.
+    snapshots = [parent.parent for parent in home.parents if parent.name == "snapshots"]
+    blobs = [repository / "blobs" for repository in snapshots if repository.name.startswith("models--")]
     if target.parent != home and home not in target.parents and target.parent not in blobs:
         raise CheckpointError(
             f"{path} is a link to {target}, outside the folder: expected a file of its own, or a hub cache's "
@@ -266,7 +265,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise CheckpointError(
-            f"the header of {path} has a __metadata__ that is not all text: expected strings."
+            f"the header of {path} has __metadata__ that is not all text: expected strings."
         )
     tensors = {name: _tensor(name, entry, path, 8 + length) for name, entry in header.items()}
     _check_layout(tensors.values(), path, 8 + length, status.st_size)
@@ -283,6 +282,10 @@ def _read_shards(
     follow: bool = False,
 ) -> Scan:
     """Read the headers of `names` and compare what they hold with what the index promises."""
+
+    def complain(text: str) -> None:
+        problems.append(CheckpointError(text))
+
     promised: defaultdict[str, set[str]] = defaultdict(set)
     for tensor, name in weight_map.items():
         promised[name].add(tensor)
@@ -291,7 +294,7 @@ def _read_shards(
     unread: set[str] = set()
     if lost := [name for name in names if not os.path.exists(folder / name)]:
         count = f"{len(lost):,} of the {len(names):,} files that its index names ({_some(lost)})"
-        problems.append(CheckpointError(f"{folder} lacks {count}: download what is missing."))
+        complain(f"{folder} lacks {count}: download what is missing.")
         unread.update(*(promised[name] for name in lost))
     for name in sorted(set(names) - set(lost)):
         try:
@@ -309,18 +312,17 @@ def _read_shards(
                 others[tensors[tensor].shard.name].append(tensor)
         else:
             if absent := promised[name] - header.keys():
-                found = f"that shard holds {len(header):,} tensors, not these"
-                problems.append(CheckpointError(f"{index} places {_count(absent)} in {name!r}: {found}."))
+                held = f"that shard holds {len(header):,} tensors, not these"
+                complain(f"{index} places {_count(absent)} in {name!r}: {held}.")
             surplus = header.keys() - promised[name]
             if leftover := surplus - weight_map.keys():
-                lacks = f"that {index.name} does not name"
-                problems.append(CheckpointError(f"{folder / name} holds {_count(leftover)} {lacks}."))
+                complain(f"{folder / name} holds {_count(leftover)} that {index.name} does not name.")
             for tensor in sorted(surplus - leftover):
                 others[weight_map[tensor]].append(tensor)
         for other, twice in sorted(others.items()):
             both = index is None or twice[0] in headers.get(other, ())
             also = f"which {'are also' if both else 'the index places'} in {other!r}: expected them once"
-            problems.append(CheckpointError(f"{folder / name} holds {_count(twice)}, {also}."))
+            complain(f"{folder / name} holds {_count(twice)}, {also}.")
         if others:  # the index decides which copy counts; without one, the first
             kept = {key for key in header if key not in tensors or weight_map.get(key) == name}
             header = {key: header[key] for key in header if key in kept}
@@ -338,9 +340,7 @@ def _weight_map(index: Any, source: str) -> dict[str, str]:
             raise CheckpointError(f"{source} maps {_show(tensor)} to {_show(name)}: expected a file name.")
     for name in sorted(set(weight_map.values())):
         if not _is_plain_name(name):
-            raise CheckpointError(
-                f"{source} names the file {_show(name)}: expected a name inside the folder."
-            )
+            raise CheckpointError(f"{source} names the file {_show(name)}: expected a plain name.")
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{source} names the file {_show(name)}: expected *.safetensors.")
     return weight_map

@@ -59,7 +59,10 @@ def inspect_command(
 @app.command("train", no_args_is_help=True)
 def train_command(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe file, or the name of one in training_recipes/, such as debug_pretrain.")
+        Path,
+        typer.Argument(
+            help="A recipe file, or the name of one in training_recipes/, such as debug_pretrain."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -38,12 +38,53 @@ YARN_INSTRUCT = {
 
 # Keys that published config.json files carry and that are not fields: handled by transformers, or left from 4.x.
 _TRANSFORMERS_KEYS = {
-    *("attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels"),
-    *("output_attentions", "per_layer_config", "quantization_config", "rope_scaling", "rope_theta", "tokenizer_class"),
-    *("torch_dtype", "transformers_weights", "distributed_config", "fusion_config", "is_decoder", "use_return_dict"),
-    *("add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix"),
-    *("pruned_heads", "remove_invalid_values", "sep_token_id", "task_specific_params", "temperature", "tf_legacy_loss"),
-    *("tie_encoder_decoder", "torchscript", "use_bfloat16", "bad_words_ids", "begin_suppress_tokens", "max_length"),
+    *(
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+    ),
+    *(
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "tokenizer_class",
+    ),
+    *(
+        "torch_dtype",
+        "transformers_weights",
+        "distributed_config",
+        "fusion_config",
+        "is_decoder",
+        "use_return_dict",
+    ),
+    *(
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "finetuning_task",
+        "prefix",
+    ),
+    *(
+        "pruned_heads",
+        "remove_invalid_values",
+        "sep_token_id",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+    ),
+    *(
+        "tie_encoder_decoder",
+        "torchscript",
+        "use_bfloat16",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "max_length",
+    ),
     *("num_mtp_layers", "num_nextn_predict_layers", "num_local_experts", "ignore_keys_at_rope_validation"),
     *("head_dim", "qk_head_dim", "partial_rotary_factor", "kernel_config", "adapter_config", "use_kernels"),
 }
@@ -118,7 +159,13 @@ class KimiK2Config(DeepseekV3Config):
             if not holds:
                 raise ValueError(f"KimiK2Config: {message}")
 
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+        )
         sizes += ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         for name in (*sizes, "n_routed_experts", "num_experts_per_tok", "max_position_embeddings", "n_group"):
             value = getattr(self, name)
@@ -128,27 +175,28 @@ class KimiK2Config(DeepseekV3Config):
             f"num_key_value_heads must equal num_attention_heads (MLA has one key and value per head), got "
             f"{self.num_key_value_heads} and {self.num_attention_heads}.",
         )
-        demand(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank must be null or > 0: {self.q_lora_rank}.")
+        demand(
+            self.q_lora_rank is None or self.q_lora_rank > 0,
+            f"q_lora_rank must be null or > 0: {self.q_lora_rank}.",
+        )
         demand(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}.")
+        experts, chosen, groups = self.n_routed_experts, self.num_experts_per_tok or 0, self.n_group or 1
+        demand(chosen <= experts, f"num_experts_per_tok is {chosen}, but there are only {experts} experts.")
+        demand(experts % groups == 0, f"n_routed_experts {experts} is not divisible by n_group {groups}.")
         demand(
-            self.num_experts_per_tok <= self.n_routed_experts,
-            f"num_experts_per_tok is {self.num_experts_per_tok}, but there are only {self.n_routed_experts} experts.",
-        )
-        demand(
-            self.n_routed_experts % self.n_group == 0,
-            f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}.",
-        )
-        demand(
-            self.topk_group is not None and 0 < self.topk_group <= self.n_group,
-            f"topk_group must be between 1 and n_group {self.n_group}, got {self.topk_group}.",
+            self.topk_group is not None and 0 < self.topk_group <= groups,
+            f"topk_group must be between 1 and n_group {groups}, got {self.topk_group}.",
         )
         for name, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
-            demand(getattr(self, name) == only, f"{name} must be {only!r} in this family, got {getattr(self, name)!r}.")
+            demand(
+                getattr(self, name) == only,
+                f"{name} must be {only!r} in this family, got {getattr(self, name)!r}.",
+            )
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """The hub's name of `rope_parameters`. Setting it keeps the base frequency, as an edit of config.json does."""
-        return self.rope_parameters
+        return self.rope_parameters  # pyright: ignore[reportReturnType]
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
@@ -190,8 +238,12 @@ class KimiK2Config(DeepseekV3Config):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config.json in the hub's form; `keep_auto_map=True` keeps a loaded `auto_map` (see [`to_hub_dict`])."""
         keep_auto_map = kwargs.pop("keep_auto_map", False)
-        if strangers := sorted(key for key in vars(self).keys() - self._known_keys() if not key.startswith("_")):
-            logger.warning(f"config.json leaves out {', '.join(strangers)}: no KimiK2Config key, loading would refuse it.")
+        if strangers := sorted(
+            key for key in vars(self).keys() - self._known_keys() if not key.startswith("_")
+        ):
+            logger.warning(
+                f"config.json leaves out {', '.join(strangers)}: no KimiK2Config key, loading would refuse it."
+            )
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         if keep_auto_map:
             write_text(Path(save_directory) / "config.json", self.to_json_string(keep_auto_map=True))

@@ -19,20 +19,25 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import Checkpoint, check_index
 from .configuration_kimi_k2 import KimiK2Config
-from .preflight import IGNORED_KEYS, compare
+from .preflight import compare
 from .quantization.hf_quantizer import METHOD
-
-logger = logging.get_logger(__name__)
 
 # Heads that a task may add or leave behind.
 _HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs)\.")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _CONFIG_KWARGS = {field.name for field in fields(KimiK2Config)} - {"dtype"}
-_CONFIG_KWARGS |= {"num_labels", "attn_implementation", "experts_implementation", "output_attentions", "rope_scaling"}
+_CONFIG_KWARGS |= {
+    "num_labels",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "rope_scaling",
+}
 _INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -51,7 +56,9 @@ def from_pretrained(
         return upstream(path, *model_args, config=config, output_loading_info=output_loading_info, **kwargs)
     config = _resolve_config(cls, path, config, kwargs)
     if kwargs.get("use_safetensors") is False:
-        raise ValueError("use_safetensors=False asks for a pickle, which can run code; Kimi K2 loads safetensors only.")
+        raise ValueError(
+            "use_safetensors=False asks for a pickle, which can run code; Kimi K2 loads safetensors only."
+        )
     kwargs["use_safetensors"] = True
     _look_first(cls, Path(path), config, kwargs, strict)
     _route_quantization(config, kwargs)
@@ -69,7 +76,9 @@ def _resolve_config(cls: Any, path: Any, config: Any, kwargs: dict[str, Any]) ->
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in _CONFIG_KWARGS}
         return cls.config_class.from_pretrained(config if config is not None else path, **hub, **own)
     text = config.get_text_config()
-    if not isinstance(text, KimiK2Config):  # K2.5's wrapper, or a relative's configuration, whose keys are the same
+    if not isinstance(
+        text, KimiK2Config
+    ):  # K2.5's wrapper, or a relative's configuration, whose keys are the same
         values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
         if (quantization := getattr(config, "quantization_config", None)) is not None:
             values["quantization_config"] = quantization
@@ -121,7 +130,8 @@ def _route_quantization(config: KimiK2Config, kwargs: dict[str, Any]) -> None:
             del config.quantization_config
         return
     asked = kwargs.get("quantization_config")
-    asked = asked.to_dict() | {"dequantize": getattr(asked, "dequantize", False)} if hasattr(asked, "to_dict") else asked
+    if isinstance(asked, QuantizationConfigMixin):
+        asked = asked.to_dict() | {"dequantize": getattr(asked, "dequantize", False)}
     method = str(getattr(stored["quant_method"], "value", stored["quant_method"]))
     if method == "fp8":
         block = tuple(stored.get("weight_block_size") or ())
@@ -161,15 +171,17 @@ def _fp8_kernels_run() -> bool:
 
 def _is_int4_pack(stored: dict[str, Any]) -> bool:
     groups = [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()]
-    return bool(groups) and all(
-        weights.get("num_bits") == 4 and weights.get("type") == "int" and weights.get("symmetric") is True
-        for weights in groups
-    ) and stored.get("format") == "pack-quantized"
+    return (
+        bool(groups)
+        and all(
+            weights.get("num_bits") == 4 and weights.get("type") == "int" and weights.get("symmetric") is True
+            for weights in groups
+        )
+        and stored.get("format") == "pack-quantized"
+    )
 
 
-def _check_report(
-    model: Any, report: Any, config: KimiK2Config, headless: bool, path: Any
-) -> None:
+def _check_report(model: Any, report: Any, config: KimiK2Config, headless: bool, path: Any) -> None:
     """Raise unless every weight of the language model came from the checkpoint and none of it is left over."""
     prefix = f"{model.base_model_prefix}."
     bare = not any(name == model.base_model_prefix for name, _ in model.named_children())
@@ -178,14 +190,18 @@ def _check_report(
         missing += [key for key in report["missing_keys"] if key == "lm_head.weight"]
     first_extra = config.num_hidden_layers
     extra_layers = range(first_extra, first_extra + (config.num_nextn_predict_layers or 0))
-    extra = re.compile(rf"^(model\.)?layers\.({'|'.join(map(str, extra_layers))})\.") if extra_layers else None
+    extra = (
+        re.compile(rf"^(model\.)?layers\.({'|'.join(map(str, extra_layers))})\.") if extra_layers else None
+    )
     leftover = [
         key for key in report["unexpected_keys"] if not _HEADS.match(key) and not (extra and extra.match(key))
     ]
     for kind, keys in (("lacks", missing), ("has, and the model has no place for,", leftover)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"The checkpoint {path} {kind} {min(keys)}{more}; pass strict=False to load it all the same.")
+            raise ValueError(
+                f"The checkpoint {path} {kind} {min(keys)}{more}; pass strict=False to load it all the same."
+            )
 
 
 def _forget_conversions(model: Any) -> None:

@@ -81,7 +81,9 @@ class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
     """The decoder with its language-model head. Input ids [batch, sequence] -> logits [batch, sequence, vocab]."""
 
     def __init__(self, config: KimiK2Config) -> None:
-        super(DeepseekV3ForCausalLM, self).__init__(config)  # its own __init__ would build DeepSeek's base model
+        super(DeepseekV3ForCausalLM, self).__init__(
+            config
+        )  # its own __init__ would build DeepSeek's base model
         self.model = KimiK2Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

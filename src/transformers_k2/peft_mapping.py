@@ -1,24 +1,24 @@
 r"""What a `LoraConfig` means on a Kimi K2 model, by whatever door it enters (`get_peft_model`, `add_adapter`).
 
-transformers 5 keeps a layer's routed experts as two fused parameters, so `gate_proj`, `up_proj` and `down_proj`
-name modules only in the shared experts and the dense layers. For DeepSeek's layout PEFT moves such targets to
-the fused parameters and drops the shared experts and dense layers; for a model type that it does not know, it
-skips the routed experts; both silently. `resolve` takes each name literally, over the modules and the hub's
-per-expert names:
+transformers 5 keeps a layer's routed experts as two fused parameters, so `gate_proj`, `up_proj` and
+`down_proj` name modules only in the shared experts and the dense layers. For DeepSeek's layout PEFT moves such
+targets to the fused parameters and drops the shared experts and dense layers; for a model type that it does
+not know, it skips the routed experts; both silently. `resolve` takes each name literally, over the modules
+and the hub's per-expert names:
 
 * A list entry matches a name, or the end of one after a dot, and must match something. A string is a regular
-  expression for whole names; of what it matches, the linear layers and the experts are adapted. `"all-linear"`
-  is every linear layer of the decoder layers and all routed experts: no head, and not the router, which is
-  adapted only by name (`"gate"` in a list, or `target_parameters=["mlp.gate.weight"]`).
-* `target_parameters`, when given, alone says which experts are adapted (`[]`: none); `target_modules` then means
-  modules only. `resolve` writes its result in this form, so a saved adapter means the same when it is loaded.
-* An expert's gate and up halves are one parameter: as in PEFT, its rank and alpha double and the scaling stays.
+  expression for whole names; of what it matches, the linear layers and the experts are adapted.
+  `"all-linear"` is every linear layer of the decoder layers and all routed experts: no head, and not the
+  router, which is adapted only by name (`"gate"` in a list, or `target_parameters=["mlp.gate.weight"]`).
+* `target_parameters`, when given, alone says which experts are adapted (`[]`: none); `target_modules` then
+  means modules only. `resolve` writes its result in this form, so a saved adapter means the same when loaded.
+* An expert's gate and up halves are one parameter: as in PEFT, its rank and alpha double, the scaling stays.
 
-One function of PEFT is wrapped, `convert_peft_config_for_transformers`; other models pass through it untouched.
-PEFT is never imported by registering: its module is wrapped when something else imports it.
+One function of PEFT is wrapped, `convert_peft_config_for_transformers`; other models pass through it
+untouched. PEFT is never imported by registering: its module is wrapped when something else imports it.
 
 Given up: PEFT applies LoRA to a fused parameter by computing W + B A for all experts of the layer in each
-forward, and keeps it for the backward pass: a second copy of the routed experts, 34 GB a layer at K2's size.
+forward, and keeps it for the backward pass: a second copy of the experts, 34 GB a layer at K2's size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _OR_NO_EXPERTS = r"or leave the routed experts out with exclude_modules=r'.*\.ml
 
 
 def register() -> None:
-    """Make PEFT read the LoRA configurations of Kimi K2 models with `resolve`; before or after PEFT's import."""
+    """Make PEFT read LoRA configurations of Kimi K2 models with `resolve`. Before or after PEFT's import."""
     if _PEFT_MODULE in sys.modules:
         _wrap(sys.modules[_PEFT_MODULE])
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
@@ -98,7 +98,7 @@ def resolve(config: Any, model: nn.Module) -> None:
 
     Raises:
         ValueError: a name matches nothing; of a layer's experts, or of their gate and up halves, only a part
-            is selected; an option has no meaning for fused parameters. Nothing has been changed then.
+            is selected; an option has no meaning for fused parameters. Nothing is changed then.
     """
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -395,16 +395,25 @@ def _translate_patterns(
             name = f"{container}.{fused}"
             for pattern, value in zip((ranks, alphas), values, strict=True):
                 # Which of two matching keys counts depends on their order, and PEFT sorts them when it saves.
-                for key in [key for key in pattern if _key_matches(key, name) and key not in _PATTERN_KEYS.values()]:
+                for key in [
+                    key for key in pattern if _key_matches(key, name) and key not in _PATTERN_KEYS.values()
+                ]:
                     pattern[rf"(?!.*\bexperts\.{fused}$)(?<!\bexperts\.)(?:{key})"] = pattern.pop(key)
                 pattern[_PATTERN_KEYS[fused] if is_uniform else re.escape(name)] = value
 
     known = [*names.modules, *names.parameters]
     containers = {container for each in experts.values() for container in each}
-    single = [name for container in containers for part in _PROJECTIONS for name in names.per_expert(container, part)]
+    single = [
+        name
+        for container in containers
+        for part in _PROJECTIONS
+        for name in names.per_expert(container, part)
+    ]
     for pattern in (ranks, alphas):
         for key in list(pattern):
-            if not any(_key_matches(key, name) for name in known) and any(_key_matches(key, name) for name in single):
+            if not any(_key_matches(key, name) for name in known) and any(
+                _key_matches(key, name) for name in single
+            ):
                 del pattern[key]
 
 

@@ -16,7 +16,9 @@ from .conversion.manifest import WRAPPER_PREFIX, expected_tensors
 # Not the language model's: stray rope buffers, K2.5's vision tower and projector.
 IGNORED_KEYS = (r"rotary_emb\.inv_freq$", r"^vision_tower\.", r"^mm_projector\.")
 _IGNORED = re.compile("|".join(IGNORED_KEYS))
-_BARE = re.compile(r"(?:layers|embed_tokens|norm)\.")  # a decoder saved without its head drops the `model.` prefix
+_BARE = re.compile(
+    r"(?:layers|embed_tokens|norm)\."
+)  # a decoder saved without its head drops the `model.` prefix
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PER_INT32 = 8
 
@@ -51,7 +53,9 @@ def compare(config: Mapping[str, Any], stored: Stored) -> list[Problem]:
     layers = config["num_hidden_layers"]
     block = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
 
-    def beyond(name: str) -> bool:  # DeepSeek's extra prediction layers, if the config has them: the model ignores them
+    def beyond(
+        name: str,
+    ) -> bool:  # DeepSeek's extra prediction layers, if the config has them: the model ignores them
         layer = _LAYER.match(name)
         return layer is not None and int(layer[1]) >= layers and bool(config.get("num_nextn_predict_layers"))
 
@@ -79,7 +83,9 @@ def _fault(name: str, shape: tuple[int, ...], present: Stored, block: Sequence[i
         got = present[suffix][0]
         if got == wanted:
             return None
-        return Problem("shape", name, f"{name}{suffix} has shape {list(got)}, but config.json asks for {list(wanted)}")
+        return Problem(
+            "shape", name, f"{name}{suffix} has shape {list(got)}, but config.json asks for {list(wanted)}"
+        )
 
     def lacks(suffix: str) -> Problem:
         return Problem("missing", name, f"{name}{suffix} is missing")

@@ -7,6 +7,8 @@ Private upstream names are imported here only; tests/test_upstream.py holds one 
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,7 +34,7 @@ from .modeling_kimi_k2 import (
     KimiK2Model,
 )
 from .quantization.hf_quantizer import METHOD, CheckpointConfig, CheckpointQuantizer
-from .tokenization_kimi_k2 import KimiK2Tokenizer
+from .tokenization_kimi_k2 import HUB_CLASS_NAME, KimiK2Tokenizer
 
 MODEL_TYPE = KimiK2Config.model_type
 
@@ -42,19 +44,19 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, KimiK2Config, exist_ok=True)
     AutoModel.register(KimiK2Config, KimiK2Model, exist_ok=True)
     AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        KimiK2Config, KimiK2ForSequenceClassification, exist_ok=True
-    )
+    AutoModelForSequenceClassification.register(KimiK2Config, KimiK2ForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(KimiK2Config, KimiK2ForTokenClassification, exist_ok=True)
     # The text half of a K2.5 checkpoint: AutoModelForCausalLM has no class for it. The public method refuses a model
     # whose config class is another one, so the mapping is told directly.
-    AutoModelForCausalLM._model_mapping.register(Kimi_K25Config, KimiK2ForCausalLM, exist_ok=True)
+    causal: Any = AutoModelForCausalLM._model_mapping
+    causal.register(Kimi_K25Config, KimiK2ForCausalLM, exist_ok=True)
 
     AutoTokenizer.register(KimiK2Config, fast_tokenizer_class=KimiK2Tokenizer, exist_ok=True)
-    REGISTERED_TOKENIZER_CLASSES["TikTokenTokenizer"] = KimiK2Tokenizer  # the name in the hub's tokenizer_config.json
+    REGISTERED_TOKENIZER_CLASSES[HUB_CLASS_NAME] = KimiK2Tokenizer
 
     # Not inherited by subclassing: without it per-expert checkpoints load with randomly initialised experts.
     experts = get_checkpoint_conversion_mapping("deepseek_v3")
+    assert experts is not None, "transformers no longer maps deepseek_v3's experts"
     mapping = [PrefixChange(prefix_to_remove="language_model"), *experts]
     register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
 

@@ -25,7 +25,9 @@ def folder(kind: str) -> Path:
     for candidate in (_PACKAGE / "_data" / kind, _PACKAGE.parents[1] / kind):
         if candidate.is_dir():
             return candidate
-    raise FileNotFoundError(f"The {kind}/ folder is missing from this installation of transformers_k2; reinstall it.")
+    raise FileNotFoundError(
+        f"The {kind}/ folder is missing from this installation of transformers_k2; reinstall it."
+    )
 
 
 def names(kind: str) -> list[str]:
@@ -51,4 +53,6 @@ def find(kind: str, name: str | Path) -> Path:
     choices = names(kind)
     near = difflib.get_close_matches(path.stem, choices, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"No {kind} file called {str(name)!r}.{hint} Choices: {', '.join(choices)}; or give a path.")
+    raise ValueError(
+        f"No {kind} file called {str(name)!r}.{hint} Choices: {', '.join(choices)}; or give a path."
+    )

@@ -77,7 +77,10 @@ def _publish(staging: Path, target: Path) -> None:
     old_index = target / _INDEX_NAME
     old = {_SINGLE_NAME, _INDEX_NAME}
     if old_index.is_file():
-        old |= {Path(name).name for name in json.loads(old_index.read_text(encoding="utf-8"))["weight_map"].values()}
+        old |= {
+            Path(name).name
+            for name in json.loads(old_index.read_text(encoding="utf-8"))["weight_map"].values()
+        }
     files = sorted(path for path in staging.iterdir() if path.is_file())
     for path in files:
         sync(path)

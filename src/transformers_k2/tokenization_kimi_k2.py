@@ -160,8 +160,8 @@ class KimiK2Tokenizer(TokenizersBackend):
             actual = self.convert_tokens_to_ids(token.content)
             if actual != index:
                 raise ValueError(
-                    f"{vocab_file or tokenizer_file} has {self.num_ranks} ranks, so {token.content!r} gets id {actual}; "
-                    f"added_tokens_decoder puts it at {index}, expected a vocabulary of {min(named)} ranks."
+                    f"{vocab_file or tokenizer_file} has {self.num_ranks} ranks and {token.content!r} id "
+                    f"{actual}; added_tokens_decoder puts it at {index}, expected {min(named)} ranks."
                 )
 
     @classmethod

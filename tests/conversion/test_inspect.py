@@ -7,6 +7,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_k2_instruct_by_its_config() -> None:
     assert report.quantization == {"method": "fp8", "bits": 8, "block": [128, 128]}
     assert report.context["factor"] == 32.0
     assert (report.context["beta_fast"], report.context["max positions"]) == (1.0, 131072)
-    console = Console(record=True, width=100)
+    console = Console(record=True, width=100, file=StringIO())
     console.print(render(report))
     text = console.export_text()
     assert "1,026.41 B" in text
@@ -340,7 +341,7 @@ def test_foreign_layouts_are_unknown_with_the_nearest(tmp_path: Path, nearest: s
     )
     (tmp_path / "config.json").write_text(json.dumps(fp8_config()))
     report = inspect(tmp_path)
-    assert (report.layout, report.nearest_layout) == ("unknown", nearest)
+    assert (report.layout, report.nearest_layout, report.quantization) == ("unknown", nearest, {})
     assert only(report).text == f"The names follow no known layout; the nearest is {nearest}."
 
 
@@ -362,14 +363,22 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_nothing_from_a_file_is_printed_as_markup(tmp_path: Path) -> None:
-    save_file({"[red]x[/red]\n\x1b[2J": torch.zeros(2)}, tmp_path / "model.safetensors")
+    names = [
+        "[red]x[/red]\n\x1b[2J",
+        "model.layers." + "9" * 5000 + ".x",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    names.append("model.layers.0.mlp.[red]\x1b[2J")
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(
         json.dumps(checkpoints.hub_config(model_type="[bold]kimi[/bold]\x1b[2J"))
     )
-    console = Console(record=True, width=200, force_terminal=True)
+    console = Console(record=True, width=200, force_terminal=True, file=StringIO())
     console.print(render(inspect(tmp_path)))
     text = console.export_text(styles=True)
     assert "[bold]kimi[/bold]" in text
+    assert "mlp.[red]\\x1b[2J" in text
     assert "\x1b[2J" not in text
     assert all(line.isprintable() for line in inspect(tmp_path).lines())
 

@@ -14,7 +14,9 @@ from transformers_k2.quantization.codecs import fp8_block, int4_pack
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp8_blocks_are_anchored_at_the_first_row(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    weight = 0.02 * torch.randn(shape) * torch.logspace(-3, 3, shape[0]).unsqueeze(1)  # scales differ from block to block
+    weight = (
+        0.02 * torch.randn(shape) * torch.logspace(-3, 3, shape[0]).unsqueeze(1)
+    )  # scales differ from block to block
     quantised, scales = fp8_blocks(weight)
     assert torch.equal(fp8_block.decode(quantised, scales, dtype), from_fp8_blocks(quantised, scales, dtype))
 

@@ -45,7 +45,7 @@ OTHER_KEYS = """
 KNOWN_KEYS = {*SIZE_KEYS, *NULLABLE_KEYS, *COUNT_KEYS, *WANTED_KEYS, *OTHER_KEYS.split()}
 
 _NUMBER = (int, float)
-_LAYER = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:language_model\.)?model\.layers\.(\d{1,9})\.")
 
 
 def check_config(text: Mapping[str, Any]) -> list[Problem]:

@@ -89,8 +89,7 @@ def inspect(path_or_config: str | Path | Mapping[str, Any]) -> Report:
 
     Args:
         path_or_config: a checkpoint folder, a .safetensors file, a config.json, the name of a size in
-        configs/, or a
-            config as a dict.
+            configs/, or a config as a dict.
 
     Raises:
         ValueError: there is nothing of that name.
@@ -104,9 +103,8 @@ def inspect(path_or_config: str | Path | Mapping[str, Any]) -> Report:
         except ValueError as error:
             if len(path.parts) == 1 and not path.name.endswith(".safetensors"):
                 raise
-            raise CheckpointError(
-                f"{path} does not exist: expected a checkpoint or a config.json."
-            ) from error
+            told = f"{path} does not exist: expected a checkpoint or a config.json."
+            raise CheckpointError(told) from error
     problems: list[Problem] = []
     if path.suffix == ".json" and path.is_file():
         return _report(str(path), _read(path.parent, path.name, problems), None, problems)
@@ -302,7 +300,7 @@ def _sizes(
 
 def _quantization_facts(recognised: Recognised | None, quantization: Quantization | None) -> dict[str, Any]:
     """The method that the tensors prove, with the config's options if it has the same method."""
-    if recognised is None:
+    if recognised is None or not recognised.checkable:
         return {}
     method = recognised.method
     facts: dict[str, Any] = {"method": method}

@@ -63,16 +63,18 @@ METHODS = ("none", "fp8", "int4")
 _FP8_KEEPS = ("lm_head", "eh_proj", "shared_head.head")
 
 PARTS: tuple[str, ...] = (
-    "embedding",
-    "lm_head",
-    "attention",
-    "dense_mlp",
-    "router",
-    "routed_experts",
-    "shared_experts",
-    "norms",
+    *(
+        "embedding",
+        "lm_head",
+        "attention",
+        "dense_mlp",
+        "router",
+        "routed_experts",
+        "shared_experts",
+        "norms",
+    ),
 )
-_LAYER = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:language_model\.)?model\.layers\.(\d{1,9})\.")
 _PATTERNS = {
     "vision": re.compile(r"vision_tower\.|mm_projector\."),
     "embedding": re.compile(r"model\.embed_tokens\."),
@@ -120,8 +122,7 @@ class Quantization:
         return {f"{module}.weight": ((out_features, in_features), dtype)}
 
     def _fp8_keeps(self, module: str) -> bool:
-        # transformers' reading of modules_to_not_convert: a regex from the start to a dot or the end, or any
-        # suffix.
+        # transformers' reading of modules_to_not_convert: a regex from the start to a dot or the end, or a suffix.
         if module.endswith((*_FP8_KEEPS, *self.ignore)):
             return True
         return any(re.match(rf"(?:{pattern})(?:\.|$)", module) for pattern in self.ignore)
@@ -179,20 +180,17 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
     Raises:
         ValueError: a method, format or option that this family's checkpoints do not use.
     """
-    spec = config.get("quantization_config") or _object(config.get("text_config"), "text_config").get(
-        "quantization_config"
+    text = _object(config.get("text_config"), "text_config")
+    spec = _object(
+        config.get("quantization_config") or text.get("quantization_config"), "quantization_config"
     )
     if not spec:
         return Quantization()
-    spec = _object(spec, "quantization_config")
     method = spec.get("quant_method")
     if method == "fp8":
         block = spec.get("weight_block_size")
-        if (
-            type(block) is not list
-            or len(block) != 2
-            or not all(type(size) is int and size > 0 for size in block)
-        ):
+        sizes = block if type(block) is list and len(block) == 2 else [None]
+        if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(
                 f"quantization_config has weight_block_size {block!r}: expected two sizes, as [128, 128]."
             )
@@ -227,13 +225,11 @@ def expected_tensors(
     """What a checkpoint of `config` holds: name -> (shape, dtype as safetensors spells it), in layer order.
 
     Args:
-        config: a config.json as a dict, with hub key names; a K2.5 wrapper gives names under
-        `language_model.`. quantization: "none", "fp8" or "int4" instead of what the config says; the options
-        come from the config where it
-            has that method, else from the published checkpoints.
-        fused: one `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I] per layer, as
-        transformers keeps
-            them in memory, instead of one tensor per expert. Only unquantised.
+        config: a config.json as a dict, with hub key names; a K2.5 wrapper gives names under `language_model.`.
+        quantization: "none", "fp8" or "int4" instead of what the config says; the options come from the config
+            where it has that method, else from the published checkpoints.
+        fused: one `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I] per layer, as transformers
+            keeps them in memory, instead of one tensor per expert. Only unquantised.
 
     Raises:
         ValueError: the config is incomplete or contradicts itself, or `quantization` is not one of the three.

@@ -1,7 +1,7 @@
 """What `inspect` found, as data and as text: the report's fields, its plain lines and its rich tables.
 
-Strings from a checkpoint are printed neither as markup nor with control characters. Sizes are decimal billions for
-parameters and GiB for bytes, as the hub's pages show them.
+Strings from a checkpoint are printed neither as markup nor with control characters. Parameters are counted in
+powers of 1000, bytes in powers of 1024.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SEVERITIES = ("error", "warning", "note")
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def render(report: Report) -> RenderableType:
 
 
 def printable(text: str) -> str:
-    """Text from a file with its control characters escaped: it can neither break a line nor steer a terminal."""
+    """Text from a file, control characters escaped: it can neither break a line nor steer a terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

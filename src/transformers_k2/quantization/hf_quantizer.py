@@ -27,7 +27,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     def __init__(self, block: tuple[int, int] = (128, 128), **kwargs: Any) -> None:
         self.quant_method = METHOD
-        self.block = tuple(block)
+        self.block: tuple[int, int] = (block[0], block[1])
         self.dequantize = True  # tells transformers that no trace of the method stays on the loaded model
 
 
@@ -60,7 +60,9 @@ class Dequantize(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         dtype = model.get_parameter(full_layer_name).dtype
-        columns: dict[str, dict[str, list[torch.Tensor]]] = {}  # weight pattern -> local name -> one tensor per expert
+        columns: dict[
+            str, dict[str, list[torch.Tensor]]
+        ] = {}  # weight pattern -> local name -> one tensor per expert
         for pattern, tensors in input_dict.items():
             prefix, _, local = pattern.rpartition(".")
             column = columns.setdefault(f"{prefix}.weight" if prefix else full_layer_name, {})
@@ -73,9 +75,8 @@ class Dequantize(ConversionOps):
                 raise ValueError(f"{full_layer_name}: {name} has {counts}; expected as many of each.")
             weights = None
             for index in range(count):
-                weight = self._decode({local: tensors[index] for local, tensors in column.items()}, dtype)
-                for tensors in column.values():
-                    tensors[index] = None  # free the packed tensor at once
+                # Popped, not indexed: each packed tensor is freed as soon as it is decoded.
+                weight = self._decode({local: tensors.pop(0) for local, tensors in column.items()}, dtype)
                 if name == full_layer_name:  # a single matrix, no merge follows
                     weights = weight
                     continue
@@ -94,13 +95,16 @@ class CheckpointQuantizer(HfQuantizer):
     """Load-time only: the model comes out dense, trainable, saveable and without a quantization_config."""
 
     quantization_config: CheckpointConfig
-    is_trainable = True
     # Every name that a stored weight can have: which of them a weight has tells its format.
     serialized_names: ClassVar[dict[str, list[str]]] = {
         "weight": list(dict.fromkeys((*fp8_block.NAMES, *int4_pack.NAMES)))
     }
 
     def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
         return True
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:

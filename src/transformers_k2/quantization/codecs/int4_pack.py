@@ -17,8 +17,12 @@ PER_INT32 = 8
 
 def unpack(packed: Int[Tensor, "out packed_in"], in_features: int) -> Int8[Tensor, "out in"]:
     """The codes -8..7 as int8 [out, in_features]; `packed` is int32 [out, ceil(in_features/8)]."""
-    pairs = packed.contiguous().view(torch.uint8).to(torch.int16)  # one byte holds two codes, the first in its low half
-    spread = pairs.bitwise_left_shift(4).bitwise_or_(pairs).bitwise_and_(0x0F0F)  # ... and now each has its own byte
+    pairs = (
+        packed.contiguous().view(torch.uint8).to(torch.int16)
+    )  # one byte holds two codes, the first in its low half
+    spread = (
+        pairs.bitwise_left_shift(4).bitwise_or_(pairs).bitwise_and_(0x0F0F)
+    )  # ... and now each has its own byte
     return spread.view(torch.int8).sub_(8)[:, :in_features]
 
 
@@ -26,7 +30,7 @@ def decode(
     packed: Int[Tensor, "out packed_in"],
     scale: Float[Tensor, "out groups"],
     dtype: torch.dtype,
-    shape: Int[Tensor, "2"] | None = None,
+    shape: Int[Tensor, 2] | None = None,
 ) -> Float[Tensor, "out in"]:
     """The weight in `dtype` [out, in]: code * scale in float32, rounded once (equal to a bf16 multiply for bf16).
 
