@@ -1,12 +1,13 @@
-"""LoRA on Kimi K2 through PEFT: what is named is adapted, what matches nothing is an error, and files keep their meaning.
+"""LoRA on Kimi K2 through PEFT: what is named is adapted, what matches nothing is an error.
 
-Two foreign oracles: W + scale * B A, written out here per expert, inside transformers' own DeepSeek-V3 in float64; and PEFT
-on that class, where its own handling of the layout is right.
+Two foreign oracles: W + scale * B A, written out here per expert, inside transformers' own DeepSeek-V3 in
+float64; and PEFT on that class, where its own handling of the layout is right.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import subprocess
@@ -17,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -30,7 +32,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, KimiK2ForSequenceClassification, KimiK2Model
+from transformers_k2 import (
+    KimiK2Config,
+    KimiK2ForCausalLM,
+    KimiK2ForSequenceClassification,
+    KimiK2Model,
+    peft_mapping,
+)
 
 # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -145,7 +153,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def adapted(model: nn.Module) -> set[str]:
-    """The modules and parameters that carry LoRA weights, found by the weights, named as before adaptation."""
+    """The modules and parameters that carry LoRA weights, by their names before they were adapted."""
     found = set()
     for name, module in model.named_modules():
         if getattr(module, "lora_A", None):
@@ -169,8 +177,8 @@ def folded(
 ) -> dict[str, torch.Tensor]:
     """float64 weights W + scale * B A, read from an adapter folder by the documented meaning of its keys.
 
-    Fused keys: A [E r, in] holds expert after expert; in B [out, r E] the expert runs fastest. `experts.base_layer` is
-    gate_up_proj and `experts` is down_proj when both are there.
+    Fused keys: A [E r, in] holds expert after expert; in B [out, r E] the expert runs fastest.
+    `experts.base_layer` is gate_up_proj and `experts` is down_proj when both are there.
     """
     stored, config = updates(folder)
     merged = {name: tensor.double() for name, tensor in base.items()}
@@ -217,18 +225,27 @@ def assert_close_fp64(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-# --- What is named is adapted ------------------------------------------------------------------------------------------
+# --- What is named is adapted -----------------------------------------------------------------------------
 
 NO_EXPERTS = r".*\.mlp\.experts\..*"
 TARGETS: list[tuple[dict[str, Any], set[str]]] = [
     ({"target_modules": ATTENTION}, attention()),
     ({"target_modules": set(MLP)}, dense() | shared() | routed()),
-    ({"target_modules": [*MLP, "o_proj", "lm_head"]}, dense() | shared() | routed() | attention(names=["o_proj"]) | {"lm_head"}),
-    ({"target_modules": ["down_proj"]}, dense(["down_proj"]) | shared(names=["down_proj"]) | routed(names=["down_proj"])),
+    (
+        {"target_modules": [*MLP, "o_proj", "lm_head"]},
+        dense() | shared() | routed() | attention(names=["o_proj"]) | {"lm_head"},
+    ),
+    (
+        {"target_modules": ["down_proj"]},
+        dense(["down_proj"]) | shared(names=["down_proj"]) | routed(names=["down_proj"]),
+    ),
     ({"target_modules": ["mlp.gate_proj"]}, dense(["gate_proj"])),
     ({"target_modules": ["shared_experts.up_proj"]}, shared(names=["up_proj"])),
     ({"target_modules": ["experts.gate_proj", "experts.up_proj"]}, routed(names=["gate_up_proj"])),
-    ({"target_modules": [f"1.mlp.experts.{e}.down_proj" for e in range(EXPERTS)]}, routed([1], ["down_proj"])),
+    (
+        {"target_modules": [f"1.mlp.experts.{e}.down_proj" for e in range(EXPERTS)]},
+        routed([1], ["down_proj"]),
+    ),
     ({"target_modules": ["model.layers.2.self_attn.o_proj"]}, attention([2], ["o_proj"])),
     ({"target_modules": r".*\.experts\.\d+\.(gate|up|down)_proj"}, routed()),
     ({"target_modules": r".*\.experts\.(gate|up|down)_proj"}, routed()),
@@ -238,23 +255,47 @@ TARGETS: list[tuple[dict[str, Any], set[str]]] = [
     ({"target_modules": r".*\.mlp\..*"}, dense() | shared() | routed()),
     ({"target_modules": r".*\.self_attn\.[qo]_.*proj"}, attention(names=["q_a_proj", "q_b_proj", "o_proj"])),
     ({"target_modules": "all-linear"}, EVERYTHING),
-    ({"target_modules": "ALL-linear", "exclude_modules": ["kv_b_proj", "experts"]}, attention() - attention(names=["kv_b_proj"]) | shared() | dense()),
+    (
+        {"target_modules": "ALL-linear", "exclude_modules": ["kv_b_proj", "experts"]},
+        attention() - attention(names=["kv_b_proj"]) | shared() | dense(),
+    ),
     ({"target_modules": ["gate", "o_proj"]}, ROUTER | attention(names=["o_proj"])),
     ({"target_modules": ["1.mlp.gate"]}, {"model.layers.1.mlp.gate.weight"}),
-    ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.gate.weight"]}, routed(names=["gate_up_proj"]) | ROUTER),
-    ({"target_parameters": ["gate_up_proj", "model.layers.1.mlp.experts.down_proj"]}, routed(names=["gate_up_proj"]) | routed([1], ["down_proj"])),
+    (
+        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.gate.weight"]},
+        routed(names=["gate_up_proj"]) | ROUTER,
+    ),
+    (
+        {"target_parameters": ["gate_up_proj", "model.layers.1.mlp.experts.down_proj"]},
+        routed(names=["gate_up_proj"]) | routed([1], ["down_proj"]),
+    ),
     ({"target_modules": MLP, "target_parameters": []}, dense() | shared()),
-    ({"target_modules": MLP, "target_parameters": ["experts.down_proj"]}, dense() | shared() | routed(names=["down_proj"])),
+    (
+        {"target_modules": MLP, "target_parameters": ["experts.down_proj"]},
+        dense() | shared() | routed(names=["down_proj"]),
+    ),
     ({"target_modules": MLP, "exclude_modules": NO_EXPERTS}, dense() | shared()),
-    ({"target_modules": ["gate_proj"], "exclude_modules": NO_EXPERTS}, dense(["gate_proj"]) | shared(names=["gate_proj"])),
-    ({"target_modules": MLP, "exclude_modules": ["down_proj"]}, dense(MLP[:2]) | shared(names=MLP[:2]) | routed(names=["gate_up_proj"])),
-    ({"target_modules": MLP, "exclude_modules": ["gate_up_proj"]}, dense() | shared() | routed(names=["down_proj"])),
+    (
+        {"target_modules": ["gate_proj"], "exclude_modules": NO_EXPERTS},
+        dense(["gate_proj"]) | shared(names=["gate_proj"]),
+    ),
+    (
+        {"target_modules": MLP, "exclude_modules": ["down_proj"]},
+        dense(MLP[:2]) | shared(names=MLP[:2]) | routed(names=["gate_up_proj"]),
+    ),
+    (
+        {"target_modules": MLP, "exclude_modules": ["gate_up_proj"]},
+        dense() | shared() | routed(names=["down_proj"]),
+    ),
     ({"target_modules": MLP, "exclude_modules": r".*shared_experts.*"}, dense() | routed()),
-    ({"target_modules": [*MLP, "o_proj"], "layers_to_transform": [1]}, shared([1]) | routed([1]) | attention([1], ["o_proj"])),
+    (
+        {"target_modules": [*MLP, "o_proj"], "layers_to_transform": [1]},
+        shared([1]) | routed([1]) | attention([1], ["o_proj"]),
+    ),
     ({"target_modules": MLP, "layers_to_transform": 0}, dense()),
     ({"target_modules": MLP, "modules_to_save": ["mlp.experts", "lm_head"]}, dense() | shared()),
     ({"target_modules": MLP, "modules_to_save": ["shared_experts"]}, dense() | routed()),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("options", "expected"), TARGETS, ids=[str(case[0]) for case in TARGETS])
@@ -298,34 +339,79 @@ def test_other_roots() -> None:
     assert head.base_model.model.score.modules_to_save.default.weight.requires_grad
 
 
-# --- What matches nothing is an error, before any work -----------------------------------------------------------------
+# --- What matches nothing is an error, before any work ----------------------------------------------------
 
 ERRORS: list[tuple[dict[str, Any], str]] = [
-    ({"target_modules": ["q_proj", "o_proj"]}, r"'q_proj' matches nothing .*nearest: .*q_a_proj.*choices: .*kv_b_proj"),
-    ({"target_modules": ["o_prj", "gate_prj"]}, r"'gate_prj', 'o_prj' matches nothing .*nearest: gate_proj.* o_proj"),
+    (
+        {"target_modules": ["q_proj", "o_proj"]},
+        r"'q_proj' matches nothing .*nearest: .*q_a_proj.*choices: .*kv_b_proj",
+    ),
+    (
+        {"target_modules": ["o_prj", "gate_prj"]},
+        r"'gate_prj', 'o_prj' matches nothing .*nearest: gate_proj.* o_proj",
+    ),
     ({"target_modules": ["experts"]}, "'experts' matches nothing that can be adapted"),
-    ({"target_modules": ["0.mlp.experts.0.down_proj", "o_proj"]}, r"'0\.mlp\.experts\.0\.down_proj' matches nothing"),
+    (
+        {"target_modules": ["0.mlp.experts.0.down_proj", "o_proj"]},
+        r"'0\.mlp\.experts\.0\.down_proj' matches nothing",
+    ),
     ({"target_modules": "q_a_proj"}, "'q_a_proj' matches nothing .*a list matches the ends"),
     ({"target_modules": r".*\.mlp\.gate"}, r"matches nothing .*target_parameters=\['mlp\.gate\.weight'\]"),
-    ({"target_modules": ["mlp.gate_proj", "o_proj"], "layers_to_transform": [1, 2]}, r"'mlp\.gate_proj' matches nothing .*layers_to_transform=\[1, 2\]"),
+    (
+        {"target_modules": ["mlp.gate_proj", "o_proj"], "layers_to_transform": [1, 2]},
+        r"'mlp\.gate_proj' matches nothing .*layers_to_transform=\[1, 2\]",
+    ),
     ({"target_modules": MLP, "layers_to_transform": [1, 3]}, r"layers_to_transform \[3\]: .* layers 0 to 2"),
-    ({"target_modules": MLP, "modules_to_save": ["head2"]}, "modules_to_save 'head2' matches nothing .*lm_head"),
-    ({"target_parameters": ["experts.gate_proj"]}, r"target_parameters 'experts\.gate_proj' matches nothing .*mlp\.experts\.gate_up_proj"),
-    ({"target_modules": ["experts.down_proj"], "target_parameters": ["gate_up_proj"]}, r"target_modules 'experts\.down_proj' matches nothing"),
-    ({"target_modules": ["gate_proj"]}, "leaves out up_proj of the experts .*gate_up_proj: name gate_proj and up_proj, or .*exclude_modules"),
+    (
+        {"target_modules": MLP, "modules_to_save": ["head2"]},
+        "modules_to_save 'head2' matches nothing .*lm_head",
+    ),
+    (
+        {"target_parameters": ["experts.gate_proj"]},
+        r"target_parameters 'experts\.gate_proj' matches nothing .*mlp\.experts\.gate_up_proj",
+    ),
+    (
+        {"target_modules": ["experts.down_proj"], "target_parameters": ["gate_up_proj"]},
+        r"target_modules 'experts\.down_proj' matches nothing",
+    ),
+    (
+        {"target_modules": ["gate_proj"]},
+        "leaves out up_proj of the experts .*gate_up_proj: name gate_proj and up_proj, or .*exclude_modules",
+    ),
     ({"target_modules": MLP, "exclude_modules": ["up_proj"]}, "leaves out up_proj of the experts"),
-    ({"target_modules": r".*\.experts\.[03]\.down_proj"}, "selects down_proj of 2 of the 6 experts in model.layers.1.mlp.experts"),
-    ({"target_modules": MLP, "exclude_modules": r".*experts\.5\..*"}, "selects gate_proj of 5 of the 6 experts"),
-    ({"target_parameters": ["gate_up_proj"], "layers_to_transform": [1], "target_modules": ["o_proj"]}, "includes model.layers.2.mlp.experts.gate_up_proj, which layers_to_transform"),
-    ({"target_parameters": ["gate_up_proj"], "exclude_modules": ["experts.gate_up_proj"]}, "includes .*exclude_modules"),
-    ({"target_modules": MLP, "lora_dropout": 0.1}, "lora_dropout=0.1 is impossible .*no input.*exclude_modules"),
+    (
+        {"target_modules": r".*\.experts\.[03]\.down_proj"},
+        "selects down_proj of 2 of the 6 experts in model.layers.1.mlp.experts",
+    ),
+    (
+        {"target_modules": MLP, "exclude_modules": r".*experts\.5\..*"},
+        "selects gate_proj of 5 of the 6 experts",
+    ),
+    (
+        {"target_parameters": ["gate_up_proj"], "layers_to_transform": [1], "target_modules": ["o_proj"]},
+        "includes model.layers.2.mlp.experts.gate_up_proj, which layers_to_transform",
+    ),
+    (
+        {"target_parameters": ["gate_up_proj"], "exclude_modules": ["experts.gate_up_proj"]},
+        "includes .*exclude_modules",
+    ),
+    (
+        {"target_modules": MLP, "lora_dropout": 0.1},
+        "lora_dropout=0.1 is impossible .*no input.*exclude_modules",
+    ),
     ({"target_modules": MLP, "use_dora": True}, "use_dora=True is impossible"),
     ({"target_modules": MLP, "lora_bias": True}, "lora_bias=True is impossible"),
     ({"target_modules": MLP, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' is impossible"),
     ({"target_parameters": ["mlp.gate.weight"], "lora_dropout": 0.1}, "lora_dropout=0.1 is impossible"),
-    ({"target_modules": MLP, "rank_pattern": {"gate_proj": 2}}, r"gate_proj and up_proj .*\[\(2, 6\), \(3, 6\)\]"),
-    ({"target_modules": MLP, "rank_pattern": {r"experts\.4\.down_proj": 2}}, r"down_proj .*\[\(2, 6\), \(3, 6\)\]"),
-]  # fmt: skip
+    (
+        {"target_modules": MLP, "rank_pattern": {"gate_proj": 2}},
+        r"gate_proj and up_proj .*\[\(2, 6\), \(3, 6\)\]",
+    ),
+    (
+        {"target_modules": MLP, "rank_pattern": {r"experts\.4\.down_proj": 2}},
+        r"down_proj .*\[\(2, 6\), \(3, 6\)\]",
+    ),
+]
 
 
 @pytest.mark.parametrize(("options", "message"), ERRORS, ids=[str(case[0]) for case in ERRORS])
@@ -340,13 +426,15 @@ def test_errors(options: dict[str, Any], message: str) -> None:
     assert config == before
 
 
-@pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+)
 def test_options_work_without_the_experts(option: dict[str, Any]) -> None:
     model = get_peft_model(kimi(), lora(target_modules="all-linear", exclude_modules=NO_EXPERTS, **option))
     assert adapted(model) == EVERYTHING - routed()
 
 
-# --- The update is W + scale * B A -------------------------------------------------------------------------------------
+# --- The update is W + scale * B A ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -384,12 +472,17 @@ def test_logits_against_float64(options: dict[str, Any], ranks: tuple[int, int],
         ({"alpha_pattern": {r".*\.mlp\.experts\..*": 5}}, (6, 10), (3, 5), 3),
         ({"rank_pattern": {r"layers\..*": 2}, "alpha_pattern": {r"layers\..*": 5}}, (4, 10), (2, 5), 2),
         ({"rank_pattern": {r"experts\.\d+\.down_proj": 2, "down_proj": 4}}, (6, 12), (2, 6), 4),
-        ({"rank_pattern": {"gate_proj": 2, "up_proj": 4}, "alpha_pattern": {"gate_proj": 3, "up_proj": 6}}, (6, 9), (3, 6), 3),
+        (
+            {"rank_pattern": {"gate_proj": 2, "up_proj": 4}, "alpha_pattern": {"gate_proj": 3, "up_proj": 6}},
+            (6, 9),
+            (3, 6),
+            3,
+        ),
         ({"rank_pattern": {"gate_up_proj": 5}, "alpha_pattern": {"gate_up_proj": 7}}, (5, 7), (3, 6), 3),
         ({"rank_pattern": {r"layers\.[12]\.mlp\.experts\.\d+\.(gate|up)_proj": 7}}, (14, 12), (3, 6), 3),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_rank_and_alpha_patterns(
     patterns: dict[str, Any],
     gate_up: tuple[int, int],
@@ -423,11 +516,11 @@ def test_rank_pattern_for_one_layer(tmp_path: Path) -> None:
     assert torch.equal(logits(PeftModel.from_pretrained(kimi(), tmp_path)), logits(model))
 
 
-# --- Files: ours, plain PEFT's, and those of per-expert models ---------------------------------------------------------
+# --- Files: ours, plain PEFT's, and those of per-expert models --------------------------------------------
 
 
 def per_expert_adapter(folder: Path, projections: Iterable[str] = MLP, **options: Any) -> Path:
-    """An adapter as PEFT wrote it for the hub's remote code: one pair of matrices per expert and projection."""
+    """An adapter as PEFT wrote it for the hub's remote code: a pair of matrices per expert and projection."""
     generator = torch.Generator().manual_seed(3)
     sizes = {name.removesuffix(".weight"): tensor.shape for name, tensor in weights().items()}
     names = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]
@@ -509,8 +602,12 @@ def test_auto_class(task_type: str | None, tmp_path: Path) -> None:
 
 
 def test_plain_peft_on_the_stock_class_reads_our_adapter(tmp_path: Path) -> None:
-    """Attention and routed experts; shared experts and dense layers are what plain PEFT cannot adapt beside them."""
-    ours = randomise(get_peft_model(kimi(), lora(target_modules="all-linear", exclude_modules=r".*(shared_experts|layers\.0\.mlp).*")))  # fmt: skip
+    """Attention and routed experts: plain PEFT cannot adapt shared experts and dense layers beside them."""
+    ours = randomise(
+        get_peft_model(
+            kimi(), lora(target_modules="all-linear", exclude_modules=r".*(shared_experts|layers\.0\.mlp).*")
+        )
+    )
     assert adapted(ours) == attention() | routed()
     ours.save_pretrained(tmp_path)
     theirs = PeftModel.from_pretrained(stock(), tmp_path)
@@ -526,7 +623,7 @@ def test_our_model_reads_the_adapter_of_plain_peft(tmp_path: Path) -> None:
     assert torch.equal(logits(ours), logits(theirs))
 
 
-# --- Merging -----------------------------------------------------------------------------------------------------------
+# --- Merging ----------------------------------------------------------------------------------------------
 
 
 def test_merge_and_unmerge() -> None:
@@ -534,7 +631,7 @@ def test_merge_and_unmerge() -> None:
     model = randomise(get_peft_model(kimi(), lora(target_modules="all-linear")))
     expected = logits(model)
     model.merge_adapter()
-    # A module computes W x + s B (A x), merged (W + s B A) x: other float32 roundings, some 1e-6 of logits near 1.
+    # A module computes W x + s B (A x), merged (W + s B A) x: other float32 roundings, 1e-6 of logits near 1.
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert (expected - base).abs().max() > 0.1
     model.unmerge_adapter()
@@ -567,7 +664,7 @@ def test_merged_model_saves_in_hub_names(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(merged))
 
 
-# --- Several adapters, training, precision -----------------------------------------------------------------------------
+# --- Several adapters, training, precision ----------------------------------------------------------------
 
 
 def test_several_adapters(tmp_path: Path) -> None:
@@ -617,7 +714,11 @@ def test_every_adapted_tensor_gets_a_gradient(checkpointing: bool) -> None:
     for name, parameter in trainable.items():
         gradient = parameter.grad
         if ".experts." in name and "shared" not in name:  # each expert's own part
-            experts = gradient.unflatten(0, (EXPERTS, -1)) if "lora_A" in name else gradient.unflatten(1, (-1, EXPERTS)).movedim(-1, 0)  # fmt: skip
+            experts = (
+                gradient.unflatten(0, (EXPERTS, -1))
+                if "lora_A" in name
+                else gradient.unflatten(1, (-1, EXPERTS)).movedim(-1, 0)
+            )
             assert (experts.abs().amax((1, 2)) > 0).all(), name
         assert gradient.abs().max() > 0, name
     state = model.state_dict()
@@ -677,67 +778,70 @@ def test_bf16_and_an_expert_without_tokens(tmp_path: Path) -> None:
     assert not torch.equal(logits(again), logits(base.bfloat16()))
 
 
-# --- Registration ------------------------------------------------------------------------------------------------------
+# --- Registration -----------------------------------------------------------------------------------------
+
+
+def upstream_function(module: Any) -> Any:
+    return module.convert_peft_config_for_transformers.__closure__[0].cell_contents
 
 
 def test_other_models_are_untouched() -> None:
     from peft.utils import transformers_weight_conversion as conversion
 
-    upstream = conversion.convert_peft_config_for_transformers.__closure__[0].cell_contents
-    assert upstream.__module__ == conversion.__name__
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 11,
-    }
-    for model in (stock(), LlamaForCausalLM(LlamaConfig(**sizes)), nn.Sequential(nn.Linear(3, 3))):
-        ours, theirs = (
-            lora(target_modules=["gate_proj", "up_proj", "0"]),
-            lora(target_modules=["gate_proj", "up_proj", "0"]),
-        )
+    upstream = upstream_function(conversion)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=11))
+    for model in (stock(), llama, nn.Sequential(nn.Linear(3, 3))):
+        ours, theirs = (lora(target_modules=["gate_proj", "up_proj", "0"]) for _ in range(2))
         conversion.convert_peft_config_for_transformers(ours, model=model, conversions=None)
         upstream(theirs, model=model, conversions=None)
         assert ours == theirs
+    # Other methods than LoRA are PEFT's affair on Kimi K2 as well.
+    config = peft.LoHaConfig(target_modules=["o_proj", "q_proj"])
+    assert get_peft_model(kimi(), config).base_model.targeted_module_names == sorted(
+        attention(names=["o_proj"])
+    )
 
 
-# Each in a fresh interpreter. PEFT imports the module that is wrapped when it first adapts a model.
-SCRIPTS = {
-    "peft_first": """
-import sys, torch, peft
-peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
-assert "peft.utils.transformers_weight_conversion" in sys.modules
-import transformers_k2
-from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
-""",
-    "peft_absent_then_last": """
+def test_register_before_and_after_the_import_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file imports PEFT first; PEFT imports the module that is wrapped when it first adapts a model."""
+    name = "peft.utils.transformers_weight_conversion"
+    here = importlib.import_module(name)
+    monkeypatch.setattr(
+        peft.utils, "transformers_weight_conversion", here
+    )  # undone, with what the import sets
+    monkeypatch.delitem(sys.modules, name)
+    for _ in range(2):
+        peft_mapping.register()
+    assert name not in sys.modules
+    fresh = importlib.import_module(name)  # wrapped by the import
+    assert fresh is not here
+    assert upstream_function(fresh).__module__ == name
+    wrapped = fresh.convert_peft_config_for_transformers
+    peft_mapping.register()
+    assert fresh.convert_peft_config_for_transformers is wrapped
+    fresh.convert_peft_config_for_transformers = upstream_function(fresh)
+    peft_mapping.register()  # wrapped where it was imported before
+    assert upstream_function(fresh).__module__ == name
+
+
+SCRIPT = """
 import sys
 sys.modules["peft"] = None  # as if it were not installed
 import transformers_k2
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
-KimiK2ForCausalLM(KimiK2Config(**SHAPE))
+model = KimiK2ForCausalLM(KimiK2Config(**SHAPE))
 del sys.modules["peft"]
 transformers_k2.register()
-KimiK2ForCausalLM(KimiK2Config(**SHAPE))
 assert "peft" not in sys.modules, "imported for nothing"
 import peft
-""",
-}
-CHECK = """
-transformers_k2.register()
-model = KimiK2ForCausalLM(KimiK2Config(**SHAPE))
 adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
 names = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
 assert len(names) == 2 * 2 + 2 * 3 + 3, sorted(names)
-import peft.utils.transformers_weight_conversion as module
-inner = module.convert_peft_config_for_transformers.__closure__[0].cell_contents
-assert inner.__module__ == module.__name__, "wrapped twice"
 """
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_import_orders(name: str) -> None:
-    code = (SCRIPTS[name] + CHECK).replace("SHAPE", repr(SHAPE))
+def test_without_peft_and_with_peft_last() -> None:
+    code = SCRIPT.replace("SHAPE", repr(SHAPE))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

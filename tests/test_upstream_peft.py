@@ -1,6 +1,6 @@
-"""What transformers_k2.peft_mapping relies on in PEFT, or exists because of: one test for each fact (PEFT 0.21.2).
+"""What peft_mapping.py relies on in PEFT, or exists because of: a test for each fact (PEFT 0.21.2).
 
-A failure here after an upgrade says which part of the mapping to look at; a defect that is gone is code to delete.
+A failure after an upgrade says which part of the mapping to look at; a defect that is gone is code to delete.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
-import transformers_k2
 from test_peft import (
     ATTENTION,
     IDS,
@@ -28,13 +27,15 @@ from test_peft import (
     per_expert_adapter,
     routed,
     stock,
+    upstream_function,
 )
+from transformers_k2 import peft_mapping
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
 )
-UPSTREAM = conversion.convert_peft_config_for_transformers.__closure__[0].cell_contents
+UPSTREAM = upstream_function(conversion)
 
 
 def test_every_injection_calls_the_function_that_we_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +57,8 @@ def test_every_injection_calls_the_function_that_we_wrap(monkeypatch: pytest.Mon
 
 def test_deepseek_loses_shared_experts_and_dense_layers() -> None:
     """Why the mapping is not a line in PEFT's table."""
-    assert adapted(get_peft_model(stock(), lora(target_modules=[*MLP, "o_proj"]))) == routed() | attention(
-        names=["o_proj"]
-    )
+    model = get_peft_model(stock(), lora(target_modules=[*MLP, "o_proj"]))
+    assert adapted(model) == routed() | attention(names=["o_proj"])
 
 
 def test_an_unknown_model_type_loses_the_routed_experts() -> None:
@@ -69,9 +69,8 @@ def test_an_unknown_model_type_loses_the_routed_experts() -> None:
 
 
 def test_partly_matching_targets_are_no_error() -> None:
-    assert adapted(get_peft_model(stock(), lora(target_modules=["q_proj", "o_proj"]))) == attention(
-        names=["o_proj"]
-    )
+    model = get_peft_model(stock(), lora(target_modules=["q_proj", "o_proj"]))
+    assert adapted(model) == attention(names=["o_proj"])
 
 
 def test_no_target_parameters_and_an_empty_list_are_kept_apart(tmp_path: Path) -> None:
@@ -97,7 +96,7 @@ def test_fused_gate_up_has_the_key_and_the_doubled_rank_that_we_write() -> None:
 
 
 def test_rank_stabilised_scaling_grows_when_peft_doubles_the_rank() -> None:
-    """2 alpha / sqrt(2 r) is not alpha / sqrt(r): per-expert adapters with use_rslora load wrongly without us."""
+    """2 alpha / sqrt(2 r) is not alpha / sqrt(r): per-expert files with use_rslora load wrongly without us."""
     scalings = []
     for model in (stock(), kimi()):
         layer = get_peft_model(
@@ -139,14 +138,14 @@ def test_variants_are_marked_in_the_configuration() -> None:
 
 
 def test_per_expert_file_without_down_proj_is_not_found(tmp_path: Path) -> None:
-    """A documented limit: PEFT expects gate_up_proj under `experts.base_layer`, where it is only beside down_proj."""
+    """A documented limit: PEFT looks for gate_up_proj in `experts.base_layer`, its place beside down_proj."""
     folder = per_expert_adapter(tmp_path, ["gate_proj", "up_proj"])
     with pytest.warns(UserWarning, match=r"missing adapter keys.*mlp\.experts\.lora_A"):
         PeftModel.from_pretrained(kimi(), folder)
 
 
 def test_lora_on_fused_experts_keeps_a_copy_of_them_for_backward() -> None:
-    """The documented cost, as bytes that autograd saves and that are no parameters, with one layer's experts adapted."""
+    """The documented cost: bytes that autograd saves and that are no parameters, for one layer's experts."""
 
     def saved_bytes(model: nn.Module) -> int:
         storages = {}
@@ -179,12 +178,12 @@ def test_lora_on_fused_experts_keeps_a_copy_of_them_for_backward() -> None:
 def test_peft_reads_a_renamed_property() -> None:
     """Why our own tests ignore one FutureWarning."""
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        get_peft_model(nn.Sequential(kimi())[0], lora(target_modules=["o_proj"]))
+        get_peft_model(kimi(), lora(target_modules=["o_proj"]))
 
 
 def test_the_wrapper_is_in_place() -> None:
     assert UPSTREAM.__module__ == conversion.__name__
-    assert conversion.convert_peft_config_for_transformers.__module__ == transformers_k2.peft_mapping.__name__
+    assert conversion.convert_peft_config_for_transformers.__module__ == peft_mapping.__name__
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert torch.equal(logits(get_peft_model(kimi(), lora(target_modules="all-linear"))), logits(kimi()))

@@ -106,6 +106,7 @@ class KimiK2Config(DeepseekV3Config):
     """
 
     model_type: ClassVar[str] = "kimi_k2"
+    tokenizer_class: ClassVar[str] = "TikTokenTokenizer"  # for a folder without tokenizer_config.json
 
     vocab_size: int = 163840
     num_attention_heads: int = 64
@@ -140,6 +141,8 @@ class KimiK2Config(DeepseekV3Config):
         kwargs.setdefault("rope_theta", ROPE_THETA)
         self.rope_parameters = copy.deepcopy(self.rope_parameters)  # upstream completes the dict in place
         kwargs["rope_scaling"] = copy.deepcopy(kwargs.get("rope_scaling"))
+        if kwargs.get("tokenizer_class") is None:
+            kwargs.pop("tokenizer_class", None)
         for key in (*_DERIVED_KEYS, "model_type"):  # a relative's model_type must not outlive its file
             kwargs.pop(key, None)
         super().__post_init__(**kwargs)

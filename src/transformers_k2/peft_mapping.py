@@ -1,10 +1,10 @@
-r"""What a `LoraConfig` means on a Kimi K2 model, by whatever door it enters (`get_peft_model`, `add_adapter`).
+r"""What a `LoraConfig` means on a Kimi K2 model, by whatever way in (`get_peft_model`, `add_adapter`, ...).
 
 transformers 5 keeps a layer's routed experts as two fused parameters, so `gate_proj`, `up_proj` and
-`down_proj` name modules only in the shared experts and the dense layers. For DeepSeek's layout PEFT moves such
-targets to the fused parameters and drops the shared experts and dense layers; for a model type that it does
-not know, it skips the routed experts; both silently. `resolve` takes each name literally, over the modules
-and the hub's per-expert names:
+`down_proj` name modules only in the shared experts and the dense layers. For DeepSeek's layout PEFT moves
+such targets to the fused parameters and drops the shared experts and dense layers; for a model type that it
+does not know, it skips the routed experts; both silently. `resolve` takes each name literally, over the
+modules and the hub's per-expert names:
 
 * A list entry matches a name, or the end of one after a dot, and must match something. A string is a regular
   expression for whole names; of what it matches, the linear layers and the experts are adapted.
@@ -18,7 +18,8 @@ One function of PEFT is wrapped, `convert_peft_config_for_transformers`; other m
 untouched. PEFT is never imported by registering: its module is wrapped when something else imports it.
 
 Given up: PEFT applies LoRA to a fused parameter by computing W + B A for all experts of the layer in each
-forward, and keeps it for the backward pass: a second copy of the experts, 34 GB a layer at K2's size.
+forward, and keeps it for the backward pass: a second copy of the experts, 34 GB a layer at K2's size. And its
+loader does not find the experts of a per-expert adapter file that has no down_proj; it warns.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The key PEFT itself writes for gate_up_proj; the other one must not match the modules named down_proj.
 _PATTERN_KEYS = {"gate_up_proj": r".*\.gate_up_proj", "down_proj": r".*\.mlp\.experts\.down_proj"}
+_Patterns = tuple[dict[str, Any], dict[str, Any]]  # rank_pattern, alpha_pattern
 _OR_NO_EXPERTS = r"or leave the routed experts out with exclude_modules=r'.*\.mlp\.experts\..*'."
 
 
@@ -94,7 +96,7 @@ def resolve(config: Any, model: nn.Module) -> None:
     """Rewrite a `LoraConfig` in place so that PEFT adapts in `model` exactly what the configuration names.
 
     Sets `target_modules`, `target_parameters` and, for the fused parameters, entries of `rank_pattern` and
-    `alpha_pattern`; the module's docstring has the rules. To resolve a resolved configuration changes nothing.
+    `alpha_pattern`; the module's docstring has the rules. To resolve it once more changes nothing.
 
     Raises:
         ValueError: a name matches nothing; of a layer's experts, or of their gate and up halves, only a part
@@ -107,11 +109,11 @@ def resolve(config: Any, model: nn.Module) -> None:
         return  # an adapter without targets; PEFT's own error
     names = _Names(model)
     _check_layers_and_modules_to_save(config, names)
-    ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
+    patterns = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     modules, experts, routers = _select(config, names, with_experts=parameters is None)
     if parameters is None:
         others = _shortest(routers, names.routers, "weight")
-        _translate_patterns(config, names, experts, ranks, alphas)
+        _translate_patterns(config, patterns, names, experts)
     else:
         experts, others = _select_parameters(config, names)
     parameters = {
@@ -122,7 +124,7 @@ def resolve(config: Any, model: nn.Module) -> None:
         _check_options(config)
 
     config.target_modules, config.target_parameters = modules, sorted(parameters)
-    config.rank_pattern, config.alpha_pattern = ranks, alphas
+    config.rank_pattern, config.alpha_pattern = patterns
     _silence_pattern_warnings(config, names, experts)
 
 
@@ -224,7 +226,7 @@ def _select(config: Any, names: _Names, with_experts: bool) -> tuple[Any, dict[s
         elif re.fullmatch(r"[\w.]+", targets):
             hint = " A string is a regular expression for whole names; a list matches the ends of names."
         raise names.unmatched("target_modules", [targets], _choices(names, with_experts), hint)
-    # PEFT would also try the containers, norms and activations that the expression happens to match, and fail.
+    # PEFT would also try the containers, norms and activations that the expression matches, and fail.
     is_exact = modules and all(name in modules for name, state in states.items() if state)
     return targets if is_exact else modules, experts, []
 
@@ -271,21 +273,21 @@ def _select_experts(config: Any, names: _Names) -> dict[str, list[str]]:
             for projection, count in counts.items():
                 if 0 < count < names.num_experts:
                     raise ValueError(
-                        f"LoRA target_modules selects {projection} of {count} of the {names.num_experts} experts "
-                        f"in {container}, which are one parameter: select all of them, {_OR_NO_EXPERTS}"
+                        f"LoRA target_modules selects {projection} of {count} of the {names.num_experts} "
+                        f"experts in {container}, which are one parameter: select all of them, {_OR_NO_EXPERTS}"
                     )
             if not any(counts.values()):
                 continue
             if missing := [projection for projection, count in counts.items() if count == 0]:
                 raise ValueError(
-                    f"LoRA target_modules leaves out {missing[0]} of the experts in {container}, a part of the "
-                    f"parameter {fused}: name {' and '.join(projections)}, {_OR_NO_EXPERTS}"
+                    f"LoRA target_modules leaves out {missing[0]} of the experts in {container}, a part of "
+                    f"the parameter {fused}: name {' and '.join(projections)}, {_OR_NO_EXPERTS}"
                 )
             module = names.modules[container]
             if fused not in _parameters(module):
                 raise ValueError(
-                    f"LoRA target_modules selects the experts in {container}, but {type(module).__name__} has "
-                    f"no parameter {fused} that PEFT could adapt: load the model in bf16, {_OR_NO_EXPERTS}"
+                    f"LoRA target_modules selects the experts in {container}, but {type(module).__name__} "
+                    f"has no parameter {fused} that PEFT could adapt: load the model in bf16, {_OR_NO_EXPERTS}"
                 )
             chosen[fused].append(container)
     return chosen
@@ -361,8 +363,8 @@ def _check_options(config: Any) -> None:
         reasons["init_lora_weights"] = "PEFT has only True, False and 'gaussian' for them"
     if wrong:
         raise ValueError(
-            f"LoRA {wrong[0]}={getattr(config, wrong[0])!r} is impossible on target_parameters and the experts' "
-            f"fused parameters ({reasons[wrong[0]]}): remove the option, {_OR_NO_EXPERTS}"
+            f"LoRA {wrong[0]}={getattr(config, wrong[0])!r} is impossible on target_parameters and the "
+            f"experts' fused parameters ({reasons[wrong[0]]}): remove the option, {_OR_NO_EXPERTS}"
         )
 
 
@@ -370,62 +372,57 @@ def _key_matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None  # PEFT's rule for rank_pattern and alpha_pattern
 
 
-def _value(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if _key_matches(key, name)), default)
+def _rank_and_alpha(config: Any, patterns: _Patterns, name: str) -> tuple[int, float]:
+    first = [next((pattern[key] for key in pattern if _key_matches(key, name)), None) for pattern in patterns]
+    return (config.r if first[0] is None else first[0]), (config.lora_alpha if first[1] is None else first[1])
 
 
 def _translate_patterns(
-    config: Any, names: _Names, experts: dict[str, list[str]], ranks: dict[str, int], alphas: dict[str, float]
+    config: Any, patterns: _Patterns, names: _Names, experts: dict[str, list[str]]
 ) -> None:
     """Give each fused parameter what the patterns give its projections; drop the keys for single experts.
 
     A key that matches the fused parameter's name and not the projections' is taken as it is.
     """
     for fused, containers in experts.items():
-        found = {}
+        wanted, is_given = {}, True
         for container in containers:
             name, (example, *_) = f"{container}.{fused}", names.per_expert(container, _FUSED[fused][0])
-            if any(_key_matches(key, name) and not _key_matches(key, example) for key in (*ranks, *alphas)):
+            own = (key for pattern in patterns for key in pattern if _key_matches(key, name))
+            if any(not _key_matches(key, example) for key in own):
                 continue
-            wanted = _fused_rank_and_alpha(config, names, ranks, alphas, container, fused)
-            if wanted != (_value(ranks, name, config.r), _value(alphas, name, config.lora_alpha)):
-                found[container] = wanted
-        is_uniform = len(found) == len(containers) and len(set(found.values())) == 1
-        for container, values in found.items():
+            wanted[container] = _fused_rank_and_alpha(config, patterns, names, container, fused)
+            is_given &= wanted[container] == _rank_and_alpha(config, patterns, name)
+        is_uniform = len(wanted) == len(containers) and len(set(wanted.values())) == 1
+        for container, values in wanted.items() if not is_given else ():
             name = f"{container}.{fused}"
-            for pattern, value in zip((ranks, alphas), values, strict=True):
+            new_key = _PATTERN_KEYS[fused] if is_uniform else re.escape(name)
+            for pattern, value in zip(patterns, values, strict=True):
                 # Which of two matching keys counts depends on their order, and PEFT sorts them when it saves.
-                for key in [
-                    key for key in pattern if _key_matches(key, name) and key not in _PATTERN_KEYS.values()
-                ]:
+                for key in [key for key in pattern if key != new_key and _key_matches(key, name)]:
                     pattern[rf"(?!.*\bexperts\.{fused}$)(?<!\bexperts\.)(?:{key})"] = pattern.pop(key)
-                pattern[_PATTERN_KEYS[fused] if is_uniform else re.escape(name)] = value
+                pattern[new_key] = value
 
     known = [*names.modules, *names.parameters]
     containers = {container for each in experts.values() for container in each}
     single = [
         name
         for container in containers
-        for part in _PROJECTIONS
-        for name in names.per_expert(container, part)
+        for projection in _PROJECTIONS
+        for name in names.per_expert(container, projection)
     ]
-    for pattern in (ranks, alphas):
-        for key in list(pattern):
-            if not any(_key_matches(key, name) for name in known) and any(
-                _key_matches(key, name) for name in single
-            ):
+    for pattern in patterns:
+        for key in [key for key in pattern if not any(_key_matches(key, name) for name in known)]:
+            if any(_key_matches(key, name) for name in single):
                 del pattern[key]
 
 
 def _fused_rank_and_alpha(
-    config: Any, names: _Names, ranks: dict[str, int], alphas: dict[str, float], container: str, fused: str
+    config: Any, patterns: _Patterns, names: _Names, container: str, fused: str
 ) -> tuple[int, float]:
     """Rank and alpha of a fused parameter that holds one LoRA for each of its projections, side by side."""
     found = [
-        {
-            (_value(ranks, name, config.r), _value(alphas, name, config.lora_alpha))
-            for name in names.per_expert(container, projection)
-        }
+        {_rank_and_alpha(config, patterns, name) for name in names.per_expert(container, projection)}
         for projection in _FUSED[fused]
     ]
     root = math.sqrt if config.use_rslora else float
@@ -444,7 +441,7 @@ def _fused_rank_and_alpha(
 
 
 def _silence_pattern_warnings(config: Any, names: _Names, experts: dict[str, list[str]]) -> None:
-    """PEFT looks for the keys of patterns among modules only, and says that it ignored those of parameters."""
+    """PEFT looks for the patterns' keys among modules only, and says that it ignored those of parameters."""
     adapted = [f"{container}.{fused}" for fused, containers in experts.items() for container in containers]
     for option in ("rank_pattern", "alpha_pattern"):
         keys = [

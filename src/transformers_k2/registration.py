@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     Kimi_K25Config,
 )
 from transformers.conversion_mapping import (
@@ -23,7 +22,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import PrefixChange
-from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .configuration_kimi_k2 import KimiK2Config
@@ -38,6 +37,10 @@ from .tokenization_kimi_k2 import HUB_CLASS_NAME, KimiK2Tokenizer
 
 MODEL_TYPE = KimiK2Config.model_type
 
+# transformers' own configuration of the K2.5 wrapper, from a module outside `transformers.`: an auto_map cannot replace
+# it. The name stays, because the stock model mappings are keyed by it.
+_WrapperConfig = type("Kimi_K25Config", (Kimi_K25Config,), {"__module__": __name__})
+
 
 def register() -> None:
     """Make the Auto classes, the weight conversions and the quantizers know the Kimi K2 family."""
@@ -48,10 +51,13 @@ def register() -> None:
     AutoModelForTokenClassification.register(KimiK2Config, KimiK2ForTokenClassification, exist_ok=True)
     # The text half of a K2.5 checkpoint: AutoModelForCausalLM has no class for it. The public method refuses a model
     # whose config class is another one, so the mapping is told directly.
+    AutoConfig.register("kimi_k25", _WrapperConfig, exist_ok=True)
     causal: Any = AutoModelForCausalLM._model_mapping
-    causal.register(Kimi_K25Config, KimiK2ForCausalLM, exist_ok=True)
+    causal.register(_WrapperConfig, KimiK2ForCausalLM, exist_ok=True)
 
-    AutoTokenizer.register(KimiK2Config, fast_tokenizer_class=KimiK2Tokenizer, exist_ok=True)
+    # By the class name in the hub's tokenizer_config.json. AutoTokenizer.register(KimiK2Config, ...) would make the
+    # hub's auto_map win under trust_remote_code=True; so would the stock entry for K2.5.
+    TOKENIZER_MAPPING_NAMES.pop("kimi_k25", None)
     REGISTERED_TOKENIZER_CLASSES[HUB_CLASS_NAME] = KimiK2Tokenizer
 
     # Not inherited by subclassing: without it per-expert checkpoints load with randomly initialised experts.

@@ -241,7 +241,7 @@ def check_values(expected: Tensors, tensors: Tensors) -> list[Problem]:
             severity, why = "warning", " (rounding it sends tokens to other experts)"
         elif leaf == "weight_shape" and found == "I64":
             severity, why = "note", " (as compressed-tensors itself writes; readers accept both)"
-        elif {dtype, found} <= {"BF16", "F16", "F32"}:
+        elif {dtype, found} <= {"BF16", "F16", "F32", "F64"}:
             severity, why = "warning", " (the dtype in config.json)"
         groups = [group.pattern for group in fold(names)]
         told = f"{_tensors(len(names))} {found}, expected {dtype}{why}: "

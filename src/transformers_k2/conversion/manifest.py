@@ -33,7 +33,7 @@ NULLABLE_KEYS = ("q_lora_rank", "n_shared_experts", "first_k_dense_replace")
 COUNT_KEYS = ("num_nextn_predict_layers", "moe_layer_freq")  # may be absent
 MAX_EXPERTS = 1_000_000  # K2 has 23,040; a config that asks for more is a mistake or an attack on memory
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 # quantization_config of the published checkpoints, for a config that has none.
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 INT4 = {
@@ -188,14 +188,14 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
         return Quantization()
     method = spec.get("quant_method")
     if method == "fp8":
-        block = spec.get("weight_block_size")
-        sizes = block if type(block) is list and len(block) == 2 else [None]
-        if not all(type(size) is int and size > 0 for size in sizes):
+        block = spec.get("weight_block_size") or []
+        sizes = tuple(block) if isinstance(block, list) else ()
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(
                 f"quantization_config has weight_block_size {block!r}: expected two sizes, as [128, 128]."
             )
         ignore = _patterns(spec.get("modules_to_not_convert"), "modules_to_not_convert")
-        return Quantization("fp8", block=(block[0], block[1]), ignore=ignore)
+        return Quantization("fp8", block=(sizes[0], sizes[1]), ignore=ignore)
     if method != "compressed-tensors":
         raise ValueError(
             f"quantization_config has quant_method {method!r}: expected 'fp8' or 'compressed-tensors'."
@@ -260,7 +260,7 @@ def expected_tensors(
             stored = chosen.stores(name, shape[0], shape[1], dtype)
             result.update({prefix + key: value for key, value in stored.items()} if prefix else stored)
         else:
-            result[prefix + name] = (shape, "F32" if kind == "float32" else dtype)
+            result[prefix + name] = (shape, "F32" if kind == "float32" and dtype != "F64" else dtype)
     return result
 
 

@@ -11,15 +11,14 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -128,27 +127,15 @@ def prepare_data(
     progress: Progress,
 ) -> Data:
     """Read, split, train the tokenizer (on the training documents alone) unless one is given, tokenise and pack."""
-    reading = progress.add_task("Reading text", total=source.num_bytes, note="bytes")
-    documents = []
-    for document in source:
-        documents.append(document)
-        progress.advance(reading, num_bytes(document))
-    progress.update(reading, total=progress.tasks[reading].completed)
+    documents = list(_counted(source, progress, "Reading text", source.num_bytes))
     training, held_out = split_documents(documents, recipe.data.held_out_share, recipe.data.seed)
     training_bytes, held_out_bytes = (sum(map(num_bytes, texts)) for texts in (training, held_out))
-
     if tokenizer is None:
         assert recipe.tokenizer.vocab_size is not None
-        task = progress.add_task("Training the tokenizer", total=training_bytes, note="bytes")
-
-        def counted() -> Iterable[str]:
-            for text in training:
-                yield text
-                progress.advance(task, num_bytes(text))
-
-        tokenizer = train_tokenizer(counted(), recipe.tokenizer.vocab_size)
-
-    task = progress.add_task("Tokenising", total=training_bytes + held_out_bytes, note="bytes")
+        texts = _counted(training, progress, "Training the tokenizer", training_bytes)
+        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+    size = training_bytes + held_out_bytes
+    task = progress.add_task("Tokenising", total=size, note=_megabytes(size))
     streams = [tokenize(texts, tokenizer, lambda done: progress.advance(task, done)) for texts in (training, held_out)]
     wanted = recipe.training.steps * recipe.training.batch_size * recipe.training.gradient_accumulation
     length = recipe.data.sequence_length
@@ -263,11 +250,25 @@ def _load_tokenizer(recipe: Recipe, config: KimiK2Config) -> PreTrainedTokenizer
     return tokenizer
 
 
+def _counted(texts: Iterable[str], progress: Progress, name: str, total: int | None) -> Iterator[str]:
+    """Pass texts on and move a bar by their bytes; the bar is full when the texts are at their end."""
+    task, done = progress.add_task(name, total=total, note=""), 0
+    for text in texts:
+        yield text
+        done += num_bytes(text)
+        progress.update(task, completed=done, note=_megabytes(done))
+    progress.update(task, total=done)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
 def _progress(console: Console) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

@@ -147,7 +147,7 @@ def plot_losses(
 
     Args:
         training, held_out: (step, loss) pairs.
-        baselines: names and losses of constant reference lines.
+        baselines: names and losses of two constant reference lines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -170,20 +170,16 @@ def plot_losses(
         label="held out",
     )
     right = tokens[-1]
-    for (name, loss), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-        axes.axhline(loss, color="#525252", linestyle=style, linewidth=1.1)
-        axes.annotate(
-            f"{name}: {loss:.2f}", (right, loss), xytext=(0, 3), textcoords="offset points", ha="right", va="bottom",
-            color="#525252", fontsize=9,
-        )
+    for (name, loss), style in zip(baselines.items(), ("--", ":"), strict=True):
+        axes.axhline(loss, color="#525252", linestyle=style, linewidth=1.1, label=f"{name}, {loss:.2f}")
     if held_out:
         step, loss = held_out[-1]
-        axes.annotate(
-            f"{loss:.2f}", (step * thousands, loss), xytext=(-4, -8), textcoords="offset points", ha="right", va="top",
-            color="#d94801", fontsize=10, fontweight="bold",
+        axes.annotate(  # right of the curve, where nothing else is drawn
+            f"{loss:.2f}", (step * thousands, loss), xytext=(7, 0), textcoords="offset points", va="center",
+            color="#d94801", fontsize=10, fontweight="bold", annotation_clip=False,
         )
     axes.set(title=title, xlabel="Training tokens read (thousands)", ylabel="Loss (nats per token)")
-    axes.set_xlim(0, right * 1.01)
+    axes.set_xlim(0, right)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")

@@ -83,7 +83,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ValueError(f"{source} is not valid YAML ({where}{problem}).") from None
+        raise ValueError(f"{source}: not valid YAML ({where}{problem}).") from None
 
 
 def keys(cls: type) -> Iterator[str]:
@@ -114,8 +114,11 @@ class _Builder:
     source: str
     origins: Mapping[str, str]
 
-    def error(self, key: str, message: str) -> ValueError:
-        origin = next((self.origins[known] for known in self.origins if f"{key}.".startswith(f"{known}.")), self.source)
+    def error(self, key: str, message: str, or_below: bool = False) -> ValueError:
+        """A message that begins with what set `key`: an override of it or of its section, or else the file."""
+        at = [set_at for set_at in self.origins if f"{key}.".startswith(f"{set_at}.")]
+        below = [set_at for set_at in self.origins if or_below and set_at.startswith(f"{key}.")]
+        origin = self.origins[(at + below)[-1]] if at + below else self.source
         return ValueError(f"{origin}: {message}")
 
     def section(self, cls: type[T], value: Any, path: str) -> T:
@@ -125,7 +128,7 @@ class _Builder:
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in value:
             if key not in names:
-                raise self.error(f"{path}.{key}".lstrip("."), self.unknown(str(key), names, path))
+                raise self.error(f"{path}.{key}".lstrip("."), self.unknown(str(key), names, path), or_below=True)
         missing = [name for name in names if name not in value]
         if missing:
             name = f"{path}.{missing[0]}".lstrip(".")

@@ -1,0 +1,242 @@
+"""`train` from end to end on a small real text: what it writes, and whether the numbers are the ones torch gets."""
+
+from __future__ import annotations
+
+import json
+import math
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers_k2 import KimiK2ForCausalLM, KimiK2Tokenizer
+from transformers_k2.training import NonFiniteLossError, RunSummary, build_config, load_recipe, train
+from transformers_k2.training.data import held_out_blocks, split_documents, tokenize, training_blocks
+from transformers_k2.training.optimizers import OPTIMIZERS, AdamW
+from transformers_k2.training.sources import Source
+
+RECIPE = "debug_pretrain"
+SMALL = [
+    "tokenizer.vocab_size=640",
+    "model.overrides={vocab_size: 640, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48, n_routed_experts: 4,"
+    " num_experts_per_tok: 2, moe_intermediate_size: 16, q_lora_rank: 24, kv_lora_rank: 16}",
+    "data.sequence_length=33",
+    "training.batch_size=4",
+    "training.steps=2",
+    "training.eval_every=2",
+    "training.eval_sequences=9",
+    "generation.max_new_tokens=5",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real text file."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes((Path(sysconfig.get_path("stdlib")) / "json" / "decoder.py").read_bytes())
+    return path
+
+
+def run(text: Path, output: Path, *overrides: str) -> tuple[RunSummary, str]:
+    console = Console(width=160, record=True, quiet=False, file=(output.parent / "console.txt").open("w", encoding="utf-8"))
+    summary = train(RECIPE, [*SMALL, f"data.source={text}", f"output_dir={output}", *overrides], console)
+    return summary, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSummary, Path, str]:
+    output = tmp_path_factory.mktemp("runs") / "small"
+    summary, printed = run(text, output)
+    return summary, output, printed
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def blocks_of(folder: Path, text: Path):
+    """The blocks of a finished run, put together again from its recipe and tokenizer."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    split = split_documents(Source(str(text)), recipe.data.held_out_share, recipe.data.seed)
+    streams = [tokenize(documents, tokenizer) for documents in split]
+    wanted = recipe.training.steps * recipe.training.batch_size * recipe.training.gradient_accumulation
+    length = recipe.data.sequence_length
+    training = training_blocks(streams[0], length, wanted, recipe.data.seed)
+    return recipe, training, held_out_blocks(streams[1], length, recipe.training.eval_sequences)
+
+
+def test_a_run_leaves_a_folder_that_the_auto_classes_load(finished: tuple[RunSummary, Path, str]) -> None:
+    summary, folder, _ = finished
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model) is KimiK2ForCausalLM
+    assert type(tokenizer) is KimiK2Tokenizer
+    assert model.config.use_cache
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert model.config.vocab_size == len(tokenizer) == 640
+    output = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert output.shape[0] == 1
+    assert summary.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert summary.num_active_parameters == summary.num_parameters - routed // 2  # 2 of 4 experts
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["console.txt", "small"]
+    assert not list(folder.glob("*.bin"))  # nothing pickled
+
+
+def test_the_resolved_recipe_is_the_file_and_the_overrides(finished: tuple[RunSummary, Path, str], text: Path) -> None:
+    _, folder, _ = finished
+    expected = load_recipe(RECIPE, [*SMALL, f"data.source={text}", f"output_dir={folder}"])
+    assert load_recipe(folder / "recipe.yaml") == expected
+
+
+def test_the_plot_is_a_picture(finished: tuple[RunSummary, Path, str]) -> None:
+    _, folder, _ = finished
+    pixels = image.imread(folder / "loss.png")
+    assert pixels.shape[0] >= 400
+    assert pixels.shape[1] >= 800
+    assert len({tuple(pixel) for pixel in pixels[::4, ::4, :3].reshape(-1, 3).tolist()}) > 20
+    assert (folder / "loss.png").stat().st_size > 10_000
+
+
+def test_the_summary_says_what_happened(finished: tuple[RunSummary, Path, str]) -> None:
+    summary, folder, printed = finished
+    saved = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert saved["held_out_loss"] == summary.held_out_loss
+    assert summary.steps == 2
+    assert summary.tokens == 2 * 4 * 33
+    assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.training_seconds)
+    assert summary.perplexity == pytest.approx(math.exp(summary.held_out_loss))
+    for part in (
+        f"{summary.held_out_loss:.3f}",
+        f"{summary.bigram_loss:.3f}",
+        str(folder / "loss.png"),
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+        "Training the tokenizer",
+        "Tokenising",
+        "step 2/2: loss",
+    ):
+        assert part in printed
+
+
+def test_the_losses_are_those_of_a_forward_pass_by_hand(finished: tuple[RunSummary, Path, str], text: Path) -> None:
+    summary, folder, _ = finished
+    recipe, training, held_out = blocks_of(folder, text)
+
+    def mean_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+    ids = torch.stack([held_out[item]["input_ids"] for item in range(len(held_out))])
+    assert summary.evaluated_tokens == ids[:, 1:].numel()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert summary.held_out_loss == pytest.approx(mean_loss(reloaded, ids), rel=1e-5)  # sums in another order
+
+    config = build_config(recipe)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, getattr(reloaded.config, key))
+    set_seed(recipe.training.seed)
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    first = torch.stack([training[item]["input_ids"] for item in range(4)])
+    assert summary.first_loss == pytest.approx(mean_loss(fresh, first), rel=1e-5)
+    bytes_per_token = sum(
+        len(document.encode()) for document in split_documents(Source(str(text)), 0.02, 0)[1]
+    ) / len(held_out.tokens)
+    assert summary.bits_per_byte == pytest.approx(summary.held_out_loss / math.log(2) / bytes_per_token)
+
+
+def test_the_learning_rate_follows_the_formula(text: Path, tmp_path: Path) -> None:
+    settings = ["training.steps=12", "schedule.warmup=3", "schedule.decay=0.5", "optimizer.lr=0.004", "schedule.min_lr=0.001"]
+    run(text, tmp_path / "run", *settings)
+    rates = [line["learning_rate"] for line in lines(tmp_path / "run") if "loss" in line]
+    low, high = 0.001, 0.004
+    warmup = [low + (high - low) * step / 3 for step in range(3)]
+    decay = [low + (high - low) * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert rates == pytest.approx([*warmup, high, high, high, *decay], rel=1e-9)
+
+
+def test_the_same_seed_gives_the_same_run(finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path) -> None:
+    summary, folder, _ = finished
+    again, _ = run(text, tmp_path / "again")
+    other, _ = run(text, tmp_path / "other", "training.seed=1")
+
+    def numbers(path: Path) -> list[dict]:
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(path)]
+
+    assert numbers(tmp_path / "again") == numbers(folder)
+    assert again.sample == summary.sample
+    first, second, third = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again", tmp_path / "other"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert other.first_loss != summary.first_loss
+    assert not torch.equal(first["lm_head.weight"], third["lm_head.weight"])
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path
+) -> None:
+    _, folder, _ = finished
+    run(text, tmp_path / "run", "training.batch_size=2", "training.gradient_accumulation=2")
+    whole, pieces = ([line["loss"] for line in lines(path) if "loss" in line] for path in (folder, tmp_path / "run"))
+    assert pieces == pytest.approx(whole, rel=1e-5)  # sums in another order
+
+
+def test_divergence_stops_the_run_and_touches_nothing(text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(text, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    settings = ["optimizer.lr=1e38", "training.max_grad_norm=null", "schedule.warmup=0", "training.steps=6", "overwrite=true"]
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(text, output, *settings)
+    assert "Training stopped at step" in str(caught.value)
+    assert "Try a lower optimizer.lr" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    bad = lines(tmp_path / ".run.partial")[-1]
+    assert any(bad[key] in ("nan", "inf") for key in ("loss", "grad_norm"))
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(text, output)
+    (output / "left_over.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(ValueError, match="overwrite=true"):
+        run(text, output)
+    assert (output / "left_over.txt").exists()
+    summary, _ = run(text, output, "overwrite=true", "tokenizer.vocab_size=null", f"tokenizer.path={finished[1]}")
+    assert not (output / "left_over.txt").exists()
+    assert summary.held_out_loss == finished[0].held_out_loss  # the same tokenizer, loaded instead of trained
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path) -> None:
+    settings = ["tokenizer.vocab_size=null", f"tokenizer.path={finished[1]}", "model.overrides.vocab_size=600"]
+    with pytest.raises(ValueError, match=r"640 ids.*only 600: set model.overrides.vocab_size=640"):
+        run(text, tmp_path / "run", *settings)
+
+
+def test_several_processes_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
+        run(text, tmp_path / "run")
+
+
+def test_adamw_decays_every_parameter_once(finished: tuple[RunSummary, Path, str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished[1])
+    factory, options = AdamW("adamw", lr=0.1, betas=(0.9, 0.95), weight_decay=0.25, eps=1e-8).cls_and_kwargs()
+    optimizer = factory()(model, **options)  # as Trainer calls it
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    before = model.model.norm.weight.detach().clone()
+    for parameter in held:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model.model.norm.weight.detach(), before * (1 - 0.1 * 0.25), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_table_is_keyed_by_name(name: str) -> None:
+    recipe = load_recipe(RECIPE, [] if name == "adamw" else [f"optimizer.name={name}"])
+    assert isinstance(recipe.optimizer, OPTIMIZERS[name])
