@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is imported: no test needs the network
+# Read once, when huggingface_hub is imported; no test needs the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
 

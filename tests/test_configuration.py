@@ -23,7 +23,14 @@ PUBLISHED = {
     "kimi_k2_5": "kimi_k2_5.config.json",
     "moonlight_16b_a3b_instruct": "moonlight_16b_a3b_instruct.config.json",
 }
-YARN = {"type": "yarn", "factor": 64.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {
+    "type": "yarn",
+    "factor": 64.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 YARN |= {"original_max_position_embeddings": 4096}
 
 
@@ -36,12 +43,22 @@ def published(name: str) -> dict[str, Any]:
 
 def values(config: KimiK2Config) -> dict[str, Any]:
     """Without the version of the writer and what only lives in memory."""
-    return {key: value for key, value in config.to_dict().items() if key[0] != "_" and key != "transformers_version"}
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key[0] != "_" and key != "transformers_version"
+    }
 
 
 def test_defaults_are_k2_instructs() -> None:
     config = published("kimi_k2_instruct")
-    about_the_file = {"architectures", "auto_map", "quantization_config", "torch_dtype", "transformers_version"}
+    about_the_file = {
+        "architectures",
+        "auto_map",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+    }
     defaults = KimiK2Config().to_hub_dict()
     for key in config.keys() - about_the_file:
         assert defaults[key] == config[key], key
@@ -99,7 +116,9 @@ def test_a_foreign_reader_gets_the_same_numbers(name: str, tmp_path: Path) -> No
         ("zzz", 1, "see KimiK2Config"),
     ],
 )
-def test_unknown_key_is_an_error_that_names_the_nearest(key: str, value: Any, message: str, tmp_path: Path) -> None:
+def test_unknown_key_is_an_error_that_names_the_nearest(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="Unknown KimiK2Config key") as error:
         KimiK2Config(**{key: value})
     assert message in str(error.value)
@@ -136,6 +155,7 @@ def test_wrong_types_are_refused() -> None:
 
 
 PLAIN = {"rope_type": "default", "rope_theta": 50000.0}
+YARN5 = {"rope_type": "yarn", "rope_theta": 7.0} | YARN
 
 
 @pytest.mark.parametrize(
@@ -148,7 +168,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 50000.0}
         ({"rope_scaling": YARN}, {"rope_theta": 50000.0, "rope_type": "yarn"} | YARN),
         ({"rope_scaling": YARN, "rope_theta": 123.0}, {"rope_theta": 123.0, "rope_type": "yarn"} | YARN),
         ({"rope_parameters": PLAIN}, PLAIN),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 7.0} | YARN}, {"rope_theta": 7.0, "rope_type": "yarn"} | YARN),
+        ({"rope_parameters": YARN5}, YARN5),
     ],
 )
 def test_rope_spellings(given: dict, wanted: dict | None) -> None:
@@ -210,7 +230,9 @@ def test_copies_are_equal_and_separate() -> None:
 
 def test_common_behaviour_of_a_configuration(tmp_path: Path) -> None:
     """What upstream's ConfigTester asks of every configuration."""
-    config = KimiK2Config(hidden_size=74, num_labels=5, return_dict=False, output_hidden_states=True, dtype="float16")
+    config = KimiK2Config(
+        hidden_size=74, num_labels=5, return_dict=False, output_hidden_states=True, dtype="float16"
+    )
     assert len(config.id2label) == len(config.label2id) == 5
     config.num_labels = 3
     assert len(config.id2label) == len(config.label2id) == 3

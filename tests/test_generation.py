@@ -1,4 +1,4 @@
-"""`generate` on the Kimi K2 classes gives what transformers' DeepSeek-V3 gives, with every cache and search it offers."""
+"""`generate` on Kimi K2 gives what it gives on transformers' DeepSeek-V3, with every cache and search it offers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def test_assisted_by_a_smaller_model(
     tiny_model: KimiK2ForCausalLM, tiny_config: Callable[..., KimiK2Config]
 ) -> None:
     draft = KimiK2ForCausalLM(tiny_config(num_hidden_layers=1)).eval()
-    assert torch.equal(generate(tiny_model, PROMPT, assistant_model=draft, **GREEDY), generate(tiny_model, PROMPT, **GREEDY))
+    assisted = generate(tiny_model, PROMPT, assistant_model=draft, **GREEDY)
+    assert torch.equal(assisted, generate(tiny_model, PROMPT, **GREEDY))
 
 
 def test_the_cache_holds_latents(tiny_model: KimiK2ForCausalLM) -> None:

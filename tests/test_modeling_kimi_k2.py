@@ -32,7 +32,8 @@ STOCK = {
     KimiK2ForSequenceClassification: DeepseekV3ForSequenceClassification,
     KimiK2ForTokenClassification: DeepseekV3ForTokenClassification,
 }
-YARN = {"type": "yarn", "original_max_position_embeddings": 4096, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {"type": "yarn", "original_max_position_embeddings": 4096, "beta_slow": 1.0}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "K2-Instruct": {},
     "K2.5": {
@@ -41,7 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-5,
     },
-    "Moonlight": {"q_lora_rank": None, "n_shared_experts": 2, "rope_theta": 50000.0, "routed_scaling_factor": 2.446},
+    "Moonlight": {
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.446,
+    },
     "DeepSeek groups": {"n_group": 3, "topk_group": 2},
     "tied": {"tie_word_embeddings": True},
 }
@@ -97,7 +103,7 @@ INPUTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 def test_logits_equal_deepseek(
     variant: str, dtype: torch.dtype, attention: str, experts: str, tiny_config: Callable[..., KimiK2Config]
 ) -> None:
-    models = ours, stock = pair(tiny_config(**VARIANTS[variant]), dtype=dtype)
+    models = pair(tiny_config(**VARIANTS[variant]), dtype=dtype)
     implement(models, attention, experts)
     for kind, make in INPUTS.items():
         inputs = make()
@@ -176,7 +182,9 @@ def test_packed_documents_do_not_see_each_other(attention: str, tiny_model: Kimi
     inputs = packed(5, 9, 3)
     with torch.no_grad():
         together = tiny_model(**inputs, use_cache=False).logits[0]
-        alone = [tiny_model(part, use_cache=False).logits[0] for part in inputs["input_ids"].split((5, 9, 3), 1)]
+        alone = [
+            tiny_model(part, use_cache=False).logits[0] for part in inputs["input_ids"].split((5, 9, 3), 1)
+        ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)  # summation order
 
 
@@ -197,13 +205,17 @@ def test_loss_and_gradients_equal_deepseek(
     assert torch.equal(*losses)
     gradients = [{name: weight.grad for name, weight in model.named_parameters()} for model in models]
     assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():  # on one thread (conftest.py): batched_mm's backward adds in any order
+    for name, gradient in gradients[
+        0
+    ].items():  # on one thread (conftest.py): batched_mm's backward adds in any order
         assert torch.equal(gradient, gradients[1][name]), name
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(use_reentrant: bool, tiny_model: KimiK2ForCausalLM) -> None:
+def test_gradient_checkpointing_changes_no_gradient(
+    use_reentrant: bool, tiny_model: KimiK2ForCausalLM
+) -> None:
     ids = tokens(2, 17)
     tiny_model.train()
     calls: list[int] = []
@@ -257,6 +269,15 @@ def test_classifiers_start_from_a_language_model(
     assert model(ids).logits.shape[-1] == 7
 
 
+def test_a_wrong_shape_is_also_the_error_of_transformers(
+    tiny_model: KimiK2ForCausalLM, tmp_path: Path
+) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error, match=r"\[331, 72\].*\[330, 72\]"):
+            KimiK2ForCausalLM.from_pretrained(tmp_path, vocab_size=330)
+
+
 @pytest.mark.parametrize("cls", STOCK)
 def test_parallel_plans_equal_deepseek(cls: type, tiny_config: Callable[..., KimiK2Config]) -> None:
     with torch.device("meta"):
@@ -266,10 +287,14 @@ def test_parallel_plans_equal_deepseek(cls: type, tiny_config: Callable[..., Kim
         assert getattr(ours, plan)
         assert getattr(ours, plan) == getattr(stock, plan), plan
     assert ours._no_split_modules == stock._no_split_modules
-    assert ours._keep_in_fp32_modules_strict == stock._keep_in_fp32_modules_strict == {"e_score_correction_bias"}
+    assert (
+        ours._keep_in_fp32_modules_strict == stock._keep_in_fp32_modules_strict == {"e_score_correction_bias"}
+    )
 
 
-def test_the_class_tree_is_ours(tiny_model: KimiK2ForCausalLM, tiny_config: Callable[..., KimiK2Config]) -> None:
+def test_the_class_tree_is_ours(
+    tiny_model: KimiK2ForCausalLM, tiny_config: Callable[..., KimiK2Config]
+) -> None:
     assert type(tiny_model.model) is type(KimiK2ForSequenceClassification(tiny_config()).model) is KimiK2Model
     assert tiny_model.model.config is tiny_model.config
 
@@ -282,7 +307,10 @@ def test_compiles_to_one_graph(experts: str, tiny_model: KimiK2ForCausalLM) -> N
     ids = tokens(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(
-            compiled(ids, use_cache=False).logits, tiny_model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
+            compiled(ids, use_cache=False).logits,
+            tiny_model(ids, use_cache=False).logits,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 

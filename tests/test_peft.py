@@ -676,6 +676,11 @@ def test_several_adapters(tmp_path: Path) -> None:
         if ".second." in name or ".third." in name:
             parameter.data.normal_(0, 0.2)
     assert torch.equal(logits(model), first)
+    # The first adapter's own layers are no targets for the next one.
+    with pytest.raises(ValueError, match="'base_layer' matches nothing"):
+        model.add_adapter("fourth", lora(target_modules=["base_layer"]))
+    model.add_adapter("fifth", lora(target_modules="all-linear"))
+    assert model.peft_config["fifth"].target_modules == model.peft_config["default"].target_modules
     expected = {}
     for name in ("second", "third"):
         model.set_adapter(name)

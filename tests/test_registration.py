@@ -94,7 +94,11 @@ def test_importing_is_all_it_takes(hub_folder: Path) -> None:
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__qualname__)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program, str(hub_folder)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", program, str(hub_folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert run.stdout.split() == ["KimiK2ForCausalLM"]
 
@@ -106,5 +110,7 @@ def test_label_smoothing_shifts_the_labels(tiny_model: KimiK2ForCausalLM, tmp_pa
     with torch.no_grad():
         got = Trainer(tiny_model, arguments).compute_loss(tiny_model, {"input_ids": ids, "labels": ids})
         logits = tiny_model(ids).logits[:, :-1]
-    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1
+    )
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # another order of summation

@@ -1,8 +1,8 @@
 """YaRN as published (arXiv 2309.00071, sections 3.2 to 3.4), written out in float64, against what the model computes.
 
 The paper gives the share of the original frequency as a ramp over r, the number of turns a dimension makes within the
-original context: none of it below beta_slow, all of it above beta_fast. Between the two the authors' code, and DeepSeek's
-and Kimi's after it, run the ramp over the dimension's index; so does this file, with the ends found from r.
+original context: none of it below beta_slow, all of it above beta_fast. Between the two the authors' code, and
+DeepSeek's and Kimi's after it, run the ramp over the dimension's index; so does this file, its ends found from r.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, resources
 
@@ -51,13 +54,18 @@ def mscale(factor: float) -> float:
 @pytest.mark.parametrize(("factor", "beta_fast", "length"), PUBLISHED)
 def test_frequencies_and_scaling(factor: float, beta_fast: float, length: int) -> None:
     config = KimiK2Config(
-        rope_scaling=yarn(factor, beta_fast), rope_theta=THETA, max_position_embeddings=length, num_hidden_layers=1
+        rope_scaling=yarn(factor, beta_fast),
+        rope_theta=THETA,
+        max_position_embeddings=length,
+        num_hidden_layers=1,
     )
     rope = DeepseekV3RotaryEmbedding(config)
     wanted = frequencies(64, factor, beta_fast)
     assert rope.inv_freq.shape == (32,)
     np.testing.assert_allclose(rope.inv_freq.double().numpy(), wanted, rtol=5e-7)  # a few float32 roundings
-    assert rope.attention_scaling == 1.0  # mscale / mscale_all_dim; the square of it scales the softmax instead
+    assert (
+        rope.attention_scaling == 1.0
+    )  # mscale / mscale_all_dim; the square of it scales the softmax instead
     with torch.device("meta"):
         attention = DeepseekV3Attention(config, 0)
     assert attention.scaling == pytest.approx(mscale(factor) ** 2 / math.sqrt(192), rel=1e-12)
@@ -76,7 +84,9 @@ def test_the_ramp_of_the_published_sizes() -> None:
 
 @pytest.mark.parametrize(("factor", "beta_fast", "length"), PUBLISHED)
 def test_cos_and_sin_to_the_end_of_the_context(factor: float, beta_fast: float, length: int) -> None:
-    config = KimiK2Config(rope_scaling=yarn(factor, beta_fast), rope_theta=THETA, max_position_embeddings=length)
+    config = KimiK2Config(
+        rope_scaling=yarn(factor, beta_fast), rope_theta=THETA, max_position_embeddings=length
+    )
     positions = [position for position in POSITIONS if position < length]
     cos, sin = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([positions]))
     angles = np.array(positions)[:, None] * frequencies(64, factor, beta_fast)
@@ -94,12 +104,17 @@ def test_a_debug_size_extended_by_an_edit(by: str, tmp_path: Path) -> None:
     path = resources.find("configs", "debug_0_2b")
     plain = KimiK2Config.from_pretrained(path)
     assert plain.rope_parameters == {"rope_type": "default", "rope_theta": THETA}
-    np.testing.assert_allclose(DeepseekV3RotaryEmbedding(plain).inv_freq, THETA ** (-np.arange(16) / 16), rtol=5e-7)
+    np.testing.assert_allclose(
+        DeepseekV3RotaryEmbedding(plain).inv_freq, THETA ** (-np.arange(16) / 16), rtol=5e-7
+    )
     if by == "attribute":
         config = plain
         config.rope_scaling = yarn(32.0, 32.0)
     elif by == "config.json":
-        edited = json.loads(path.read_text()) | {"rope_scaling": yarn(32.0, 32.0), "max_position_embeddings": 131072}
+        edited = json.loads(path.read_text()) | {
+            "rope_scaling": yarn(32.0, 32.0),
+            "max_position_embeddings": 131072,
+        }
         (tmp_path / "config.json").write_text(json.dumps(edited))
         config = KimiK2Config.from_pretrained(tmp_path)
     else:
@@ -109,7 +124,9 @@ def test_a_debug_size_extended_by_an_edit(by: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(rope.inv_freq.double().numpy(), frequencies(32, 32.0, 32.0), rtol=5e-7)
     assert rope.attention_scaling == 1.0
     width = config.qk_nope_head_dim + config.qk_rope_head_dim
-    assert DeepseekV3Attention(config, 0).scaling == pytest.approx(mscale(32.0) ** 2 / math.sqrt(width), rel=1e-12)
+    assert DeepseekV3Attention(config, 0).scaling == pytest.approx(
+        mscale(32.0) ** 2 / math.sqrt(width), rel=1e-12
+    )
 
 
 def test_plain_rope_scales_nothing() -> None:

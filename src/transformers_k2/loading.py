@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -39,6 +40,10 @@ _CONFIG_KWARGS |= {
     "rope_scaling",
 }
 _INDEX_NAME = "model.safetensors.index.json"
+
+
+class ShapeMismatchError(ValueError, RuntimeError):
+    """A tensor has not the shape that the configuration asks for. transformers raises a RuntimeError then."""
 
 
 def from_pretrained(
@@ -72,6 +77,8 @@ def from_pretrained(
 def _resolve_config(cls: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> KimiK2Config:
     """A private KimiK2Config; takes from `kwargs` what belongs to the configuration."""
     if not isinstance(config, PreTrainedConfig):
+        if config is None and _is_adapter(Path(path)):  # transformers then loads the base model that it names
+            config = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
         hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in _CONFIG_KWARGS}
         return cls.config_class.from_pretrained(config if config is not None else path, **hub, **own)
@@ -96,8 +103,8 @@ def _look_first(cls: Any, path: Path, config: KimiK2Config, kwargs: dict[str, An
             check_index(json.loads(Path(index).read_text(encoding="utf-8")), None, f"{path}/{_INDEX_NAME}")
         return
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    if is_adapter or any(folder.glob("*.distcp")) or kwargs.get("variant"):
-        return  # the weights are elsewhere, or in a distributed training checkpoint
+    if is_adapter or is_sharded_checkpoint(folder) or kwargs.get("variant"):
+        return  # the weights are elsewhere, or in a distributed training checkpoint: one file per rank
     checkpoint = Checkpoint.open(folder)
     if not strict or kwargs.get("key_mapping"):
         return
@@ -113,7 +120,12 @@ def _look_first(cls: Any, path: Path, config: KimiK2Config, kwargs: dict[str, An
             continue
         others = sum(1 for other in problems if other.kind == problem.kind) - 1
         more = f" ({others} more like it; `k2 inspect {folder}` lists them)" if others else ""
-        raise ValueError(f"{folder}: {problem.text}{more}.")
+        error = ShapeMismatchError if problem.kind == "shape" else ValueError
+        raise error(f"{folder}: {problem.text}{more}.")
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _is_headless(config: KimiK2Config) -> bool:
@@ -210,4 +222,4 @@ def _forget_conversions(model: Any) -> None:
     A model that stays quantised keeps it: there the record is what writes its scales back.
     """
     if getattr(model, "hf_quantizer", None) is None:
-        del model._weight_conversions
+        model.__dict__.pop("_weight_conversions", None)  # a distributed training checkpoint leaves none

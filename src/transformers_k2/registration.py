@@ -25,6 +25,7 @@ from transformers.core_model_loading import PrefixChange
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from . import peft_mapping
 from .configuration_kimi_k2 import KimiK2Config
 from .modeling_kimi_k2 import (
     KimiK2ForCausalLM,
@@ -68,3 +69,5 @@ def register() -> None:
 
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CheckpointConfig
     AUTO_QUANTIZER_MAPPING[METHOD] = CheckpointQuantizer
+
+    peft_mapping.register()

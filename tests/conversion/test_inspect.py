@@ -158,7 +158,7 @@ TENSOR_FAULTS = {
               "1 tensor is [255], expected [256]: model.norm.weight."),
     "grid": (add(f"{EXPERT}_scale_inv", torch.zeros(2, 2)), "error", "shape", 1, "[2, 2], expected [1, 2]"),
     "router": (cast("e_score_correction_bias", torch.bfloat16), "warning", "dtype", 2,
-               "model.layers.{1-2}.mlp.gate.e_score_correction_bias"),
+               "2 tensors are BF16, expected F32 (rounding it sends tokens to other experts): model.layers.{1-2}."),
     "norms": (cast("layernorm", torch.float16), "warning", "dtype", 12, "12 tensors are F16, expected BF16"),
     "scales": (cast("experts.0.up_proj.weight_scale_inv", torch.float16), "warning", "dtype", 2,
                "2 tensors are F16, expected F32"),

@@ -13,9 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from transformers_k2.tokenizer_training import train_tokenizer
 from transformers_k2.training.baselines import unigram_and_bigram_loss
-from transformers_k2.training.data import block_order, held_out_blocks, split_documents, tokenize, training_blocks
+from transformers_k2.training.data import (
+    block_order,
+    held_out_blocks,
+    split_documents,
+    tokenize,
+    training_blocks,
+)
 from transformers_k2.training.sources import Source
 
 STDLIB = Path(json.__file__).parent
@@ -77,7 +84,9 @@ def test_packing_is_plain_concatenation(tokenizer) -> None:
     assert packed == expected[: len(expected) // length * length]
     assert len(expected) - len(packed) < length
     assert blocks.matrix().ravel().tolist() == packed
-    assert all(blocks[item]["labels"].tolist() == blocks[item]["input_ids"].tolist() for item in range(len(blocks)))
+    assert all(
+        blocks[item]["labels"].tolist() == blocks[item]["input_ids"].tolist() for item in range(len(blocks))
+    )
 
 
 def test_a_spelled_special_token_stays_text(tokenizer) -> None:
@@ -95,7 +104,9 @@ def test_each_pass_sees_every_block_once_in_an_order_of_its_own() -> None:
     assert first.tolist() != second.tolist()
     assert len(set(rest)) == 5
     assert block_order(10, 25, seed=1).tolist() == order.tolist()
-    assert block_order(10, 5, seed=1).tolist() == first[:5].tolist()  # a shorter run is the start of a longer one
+    assert (
+        block_order(10, 5, seed=1).tolist() == first[:5].tolist()
+    )  # a shorter run is the start of a longer one
     assert block_order(10, 25, seed=2).tolist() != order.tolist()
 
 

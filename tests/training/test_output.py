@@ -6,6 +6,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+
 from transformers_k2.training.output import check_output, staged
 
 
@@ -17,7 +18,15 @@ def earlier_run(path: Path) -> Path:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()
+    }
+
+
+def fail_after_writing(path: Path, name: str, error: type[BaseException]) -> None:
+    with staged(path) as folder:
+        (folder / name).write_bytes(b"half")
+        raise error
 
 
 def test_the_result_appears_at_the_end(tmp_path: Path) -> None:
@@ -32,17 +41,15 @@ def test_the_result_appears_at_the_end(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_earlier_run_alone(tmp_path: Path) -> None:
     target = earlier_run(tmp_path / "run")
     before = contents(target)
-    with pytest.raises(KeyboardInterrupt), staged(target) as folder:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail_after_writing(target, "model.safetensors", KeyboardInterrupt)
     assert contents(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
-    with pytest.raises(RuntimeError), staged(target) as folder:
-        (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_after_writing(target, "metrics.jsonl", RuntimeError)
     assert contents(target) == before
-    assert contents(tmp_path / ".run.partial") == {"metrics.jsonl": b"{}\n"}  # kept, to look into
+    assert contents(tmp_path / ".run.partial") == {"metrics.jsonl": b"half"}  # kept, to look into
 
     with staged(target) as folder:
         assert contents(folder) == {}
@@ -84,7 +91,7 @@ def test_what_may_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     target = earlier_run(tmp_path / "run")
     assert check_output(target, overwrite=True) == target
     assert check_output(tmp_path / "none" / "new", overwrite=False) == tmp_path / "none" / "new"
-    with pytest.raises(ValueError, match="not empty.*overwrite=true"):
+    with pytest.raises(ValueError, match=r"not empty.*overwrite=true"):
         check_output(target, overwrite=False)
     (target / "recipe.yaml").unlink()
     with pytest.raises(ValueError, match="no earlier run"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from transformers_k2.resources import find, folder, names
 from transformers_k2.training import build_config, load_recipe
 from transformers_k2.training.recipe import Recipe
@@ -72,7 +73,10 @@ def test_overrides_change_only_their_keys_and_survive_the_round_trip(tmp_path: P
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.stepz=5", ["unknown key 'training.stepz'", "mean 'training.steps'", "batch_size, gradient_accumulation"]),
+        (
+            "training.stepz=5",
+            ["unknown key 'training.stepz'", "mean 'training.steps'", "batch_size, gradient_accumulation"],
+        ),
         ("stepz=5", ["unknown key 'stepz'", "mean 'training.steps'", "output_dir, overwrite, model"]),
         ("trainin.steps=5", ["unknown key 'trainin'", "mean 'training'"]),
         ("data.eval_every=5", ["unknown key 'data.eval_every'", "mean 'training.eval_every'"]),
@@ -117,8 +121,14 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     text = find("training_recipes", RECIPE).read_text(encoding="utf-8")
     path = tmp_path / "mine.yaml"
     for changed, expected in (
-        (text.replace("  seed: 0\n\noptimizer", "\noptimizer"), "mine.yaml: the key 'data.seed' is missing: expected an integer"),
-        (text.replace("  seed: 0\n\noptimizer", "  sed: 0\n  seed: 0\n\noptimizer"), "mine.yaml: unknown key 'data.sed'"),
+        (
+            text.replace("  seed: 0\n\noptimizer", "\noptimizer"),
+            "mine.yaml: the key 'data.seed' is missing: expected an integer",
+        ),
+        (
+            text.replace("  seed: 0\n\noptimizer", "  sed: 0\n  seed: 0\n\noptimizer"),
+            "mine.yaml: unknown key 'data.sed'",
+        ),
         (text + "overwrite: true\n", "the key 'overwrite' is repeated"),
         ("- a\n- b\n", "mine.yaml: the recipe is ['a', 'b']: expected a mapping"),
         ("", "mine.yaml: the recipe is None: expected a mapping"),
@@ -142,7 +152,10 @@ def test_an_unknown_recipe_lists_the_choices() -> None:
     [
         (["tokenizer.path=x"], "exactly one of them"),
         (["tokenizer.vocab_size=null"], "exactly one of them"),
-        (["training.steps=10", "schedule.warmup=6", "schedule.decay=5"], "together 11 steps: expected at most training.steps, 10"),
+        (
+            ["training.steps=10", "schedule.warmup=6", "schedule.decay=5"],
+            "together 11 steps: expected at most training.steps, 10",
+        ),
         (["schedule.warmup=0.5", "schedule.decay=0.6"], "expected at most training.steps"),
         (["optimizer.lr=1e-5"], "schedule.min_lr"),
     ],
@@ -157,7 +170,10 @@ def test_contradictions_are_refused(overrides: list[str], expected: str) -> None
     [
         (["model.overrides.hidden_sise=64"], "hidden_size"),
         (["model.config=debug_minut"], "debug_minute"),
-        (["model.overrides.vocab_size=999"], r"set tokenizer.vocab_size=999 or model.overrides.vocab_size=\d+"),
+        (
+            ["model.overrides.vocab_size=999"],
+            r"set tokenizer.vocab_size=999 or model.overrides.vocab_size=\d+",
+        ),
         (["data.sequence_length=100000"], "max_position_embeddings"),
     ],
 )
@@ -167,7 +183,14 @@ def test_a_model_that_does_not_fit_is_refused(overrides: list[str], expected: st
 
 
 def test_numbers_are_read_as_people_write_them() -> None:
-    for text, value in (("1e-3", 1e-3), ("1E5", 1e5), (".5e-1", 0.05), ("3", 3.0), ("1.e2", 100.0), ("2.5", 2.5)):
+    for text, value in (
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        (".5e-1", 0.05),
+        ("3", 3.0),
+        ("1.e2", 100.0),
+        ("2.5", 2.5),
+    ):
         lr = load_recipe(RECIPE, [f"optimizer.lr={text}", "schedule.min_lr=0"]).optimizer.lr
         assert math.isclose(lr, value, rel_tol=0)
         assert isinstance(lr, float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sysconfig
@@ -14,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
 from transformers_k2 import KimiK2ForCausalLM, KimiK2Tokenizer
 from transformers_k2.training import NonFiniteLossError, RunSummary, build_config, load_recipe, train
 from transformers_k2.training.data import held_out_blocks, split_documents, tokenize, training_blocks
@@ -23,8 +25,8 @@ from transformers_k2.training.sources import Source
 RECIPE = "debug_pretrain"
 SMALL = [
     "tokenizer.vocab_size=640",
-    "model.overrides={vocab_size: 640, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48, n_routed_experts: 4,"
-    " num_experts_per_tok: 2, moe_intermediate_size: 16, q_lora_rank: 24, kv_lora_rank: 16}",
+    "model.overrides={vocab_size: 640, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48,"
+    " n_routed_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 16, q_lora_rank: 24, kv_lora_rank: 16}",
     "data.sequence_length=33",
     "training.batch_size=4",
     "training.steps=2",
@@ -43,7 +45,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(text: Path, output: Path, *overrides: str) -> tuple[RunSummary, str]:
-    console = Console(width=160, record=True, quiet=False, file=(output.parent / "console.txt").open("w", encoding="utf-8"))
+    console = Console(width=160, record=True, file=io.StringIO())
     summary = train(RECIPE, [*SMALL, f"data.source={text}", f"output_dir={output}", *overrides], console)
     return summary, console.export_text()
 
@@ -77,18 +79,23 @@ def test_a_run_leaves_a_folder_that_the_auto_classes_load(finished: tuple[RunSum
     assert type(model) is KimiK2ForCausalLM
     assert type(tokenizer) is KimiK2Tokenizer
     assert model.config.use_cache
-    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     assert model.config.vocab_size == len(tokenizer) == 640
     output = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert output.shape[0] == 1
     assert summary.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert summary.num_active_parameters == summary.num_parameters - routed // 2  # 2 of 4 experts
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["console.txt", "small"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["small"]
     assert not list(folder.glob("*.bin"))  # nothing pickled
 
 
-def test_the_resolved_recipe_is_the_file_and_the_overrides(finished: tuple[RunSummary, Path, str], text: Path) -> None:
+def test_the_resolved_recipe_is_the_file_and_the_overrides(
+    finished: tuple[RunSummary, Path, str], text: Path
+) -> None:
     _, folder, _ = finished
     expected = load_recipe(RECIPE, [*SMALL, f"data.source={text}", f"output_dir={folder}"])
     assert load_recipe(folder / "recipe.yaml") == expected
@@ -123,7 +130,9 @@ def test_the_summary_says_what_happened(finished: tuple[RunSummary, Path, str]) 
         assert part in printed
 
 
-def test_the_losses_are_those_of_a_forward_pass_by_hand(finished: tuple[RunSummary, Path, str], text: Path) -> None:
+def test_the_losses_are_those_of_a_forward_pass_by_hand(
+    finished: tuple[RunSummary, Path, str], text: Path
+) -> None:
     summary, folder, _ = finished
     recipe, training, held_out = blocks_of(folder, text)
 
@@ -151,7 +160,13 @@ def test_the_losses_are_those_of_a_forward_pass_by_hand(finished: tuple[RunSumma
 
 
 def test_the_learning_rate_follows_the_formula(text: Path, tmp_path: Path) -> None:
-    settings = ["training.steps=12", "schedule.warmup=3", "schedule.decay=0.5", "optimizer.lr=0.004", "schedule.min_lr=0.001"]
+    settings = [
+        "training.steps=12",
+        "schedule.warmup=3",
+        "schedule.decay=0.5",
+        "optimizer.lr=0.004",
+        "schedule.min_lr=0.001",
+    ]
     run(text, tmp_path / "run", *settings)
     rates = [line["learning_rate"] for line in lines(tmp_path / "run") if "loss" in line]
     low, high = 0.001, 0.004
@@ -160,7 +175,9 @@ def test_the_learning_rate_follows_the_formula(text: Path, tmp_path: Path) -> No
     assert rates == pytest.approx([*warmup, high, high, high, *decay], rel=1e-9)
 
 
-def test_the_same_seed_gives_the_same_run(finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run(
+    finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path
+) -> None:
     summary, folder, _ = finished
     again, _ = run(text, tmp_path / "again")
     other, _ = run(text, tmp_path / "other", "training.seed=1")
@@ -170,7 +187,9 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[RunSummary, Path, str]
 
     assert numbers(tmp_path / "again") == numbers(folder)
     assert again.sample == summary.sample
-    first, second, third = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again", tmp_path / "other"))
+    first, second, third = (
+        load_file(path / "model.safetensors") for path in (folder, tmp_path / "again", tmp_path / "other")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert other.first_loss != summary.first_loss
     assert not torch.equal(first["lm_head.weight"], third["lm_head.weight"])
@@ -181,7 +200,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 ) -> None:
     _, folder, _ = finished
     run(text, tmp_path / "run", "training.batch_size=2", "training.gradient_accumulation=2")
-    whole, pieces = ([line["loss"] for line in lines(path) if "loss" in line] for path in (folder, tmp_path / "run"))
+    whole, pieces = (
+        [line["loss"] for line in lines(path) if "loss" in line] for path in (folder, tmp_path / "run")
+    )
     assert pieces == pytest.approx(whole, rel=1e-5)  # sums in another order
 
 
@@ -189,7 +210,13 @@ def test_divergence_stops_the_run_and_touches_nothing(text: Path, tmp_path: Path
     output = tmp_path / "run"
     run(text, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    settings = ["optimizer.lr=1e38", "training.max_grad_norm=null", "schedule.warmup=0", "training.steps=6", "overwrite=true"]
+    settings = [
+        "optimizer.lr=1e38",
+        "training.max_grad_norm=null",
+        "schedule.warmup=0",
+        "training.steps=6",
+        "overwrite=true",
+    ]
     with pytest.raises(NonFiniteLossError) as caught:
         run(text, output, *settings)
     assert "Training stopped at step" in str(caught.value)
@@ -199,20 +226,30 @@ def test_divergence_stops_the_run_and_touches_nothing(text: Path, tmp_path: Path
     assert any(bad[key] in ("nan", "inf") for key in ("loss", "grad_norm"))
 
 
-def test_an_earlier_run_is_replaced_only_when_asked(finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path) -> None:
+def test_an_earlier_run_is_replaced_only_when_asked(
+    finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     run(text, output)
     (output / "left_over.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match="overwrite=true"):
         run(text, output)
     assert (output / "left_over.txt").exists()
-    summary, _ = run(text, output, "overwrite=true", "tokenizer.vocab_size=null", f"tokenizer.path={finished[1]}")
+    summary, _ = run(
+        text, output, "overwrite=true", "tokenizer.vocab_size=null", f"tokenizer.path={finished[1]}"
+    )
     assert not (output / "left_over.txt").exists()
     assert summary.held_out_loss == finished[0].held_out_loss  # the same tokenizer, loaded instead of trained
 
 
-def test_a_tokenizer_that_is_too_large_is_refused(finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path) -> None:
-    settings = ["tokenizer.vocab_size=null", f"tokenizer.path={finished[1]}", "model.overrides.vocab_size=600"]
+def test_a_tokenizer_that_is_too_large_is_refused(
+    finished: tuple[RunSummary, Path, str], text: Path, tmp_path: Path
+) -> None:
+    settings = [
+        "tokenizer.vocab_size=null",
+        f"tokenizer.path={finished[1]}",
+        "model.overrides.vocab_size=600",
+    ]
     with pytest.raises(ValueError, match=r"640 ids.*only 600: set model.overrides.vocab_size=640"):
         run(text, tmp_path / "run", *settings)
 

@@ -1,8 +1,8 @@
 """The model test class that runs inside transformers' own source distribution (see test_upstream_suite.py).
 
-The runner puts this file beside the mixins of that distribution, as `tests/test_k2_suite.py`. One class, two families: the
-environment variable K2_SUITE_FAMILY says whether the tests see transformers' DeepSeek-V3 or ours. Everything but the
-classes is the same, so a test that passes on one and not on the other is a difference of ours.
+The runner puts this file beside the mixins of that distribution, as `tests/test_k2_suite.py`. One class, two families:
+the environment variable K2_SUITE_FAMILY says whether the tests see transformers' DeepSeek-V3 or ours. Everything but
+the classes is the same, so a test that passes on one and not on the other is a difference of ours.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.testing_utils import torch_device
 import transformers_k2
 
 from . import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin
-from .test_configuration_common import ConfigTester
 from .generation.test_utils import GenerationTesterMixin
+from .test_configuration_common import ConfigTester
 from .test_expert_parallel_mixin import ExpertParallelTesterMixin
 from .test_fsdp_mixin import FSDPTesterMixin
 from .test_modeling_common import ModelTesterMixin
@@ -32,7 +32,8 @@ test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
-LIBRARY, NAME = {"stock": (transformers, "DeepseekV3"), "ours": (transformers_k2, "KimiK2")}[os.environ["K2_SUITE_FAMILY"]]
+FAMILIES = {"stock": (transformers, "DeepseekV3"), "ours": (transformers_k2, "KimiK2")}
+LIBRARY, NAME = FAMILIES[os.environ["K2_SUITE_FAMILY"]]
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 CLASSES = tuple(getattr(LIBRARY, NAME + head) for head in HEADS)
 CONFIG = getattr(LIBRARY, f"{NAME}Config")

@@ -333,7 +333,7 @@ def _tensors(text: Mapping[str, Any], fused: bool) -> Iterator[tuple[str, tuple[
         sparse = (
             layer >= (text["first_k_dense_replace"] or 0) and layer % (text.get("moe_layer_freq") or 1) == 0
         )
-        if sparse or layer >= num_layers:
+        if sparse:
             yield from _experts(f"{name}.mlp", text, fused)
         else:
             yield from _mlp(f"{name}.mlp", hidden, text["intermediate_size"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .callbacks import Metrics, NonFiniteLossError, ProgressBar
-from .loop import build_config, build_model, build_trainer, prepare_data, train
+from .loop import train
+from .prepare import Data, build_config, build_model, build_trainer, prepare_data
 from .recipe import Recipe, load_recipe
 from .report import RunSummary
 
 __all__ = [
+    "Data",
     "Metrics",
     "NonFiniteLossError",
     "ProgressBar",

@@ -1,4 +1,4 @@
-"""`python -m transformers_k2.training RECIPE [key=value ...]`: the same as `k2 train`, for launchers that start modules."""
+"""`python -m transformers_k2.training RECIPE [key=value ...]`: `k2 train`, for launchers that start modules."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ class Metrics(TrainerCallback):
     Trainer must log every step (`logging_steps=1`) and must not filter (`logging_nan_inf_filter=False`).
 
     Args:
-        path: the file to write. Training lines have step, tokens, loss, grad_norm, learning_rate and seconds (of training,
-            evaluations excluded); evaluation lines have step, tokens and held_out_loss.
+        path: the file to write. Training lines have step, tokens, loss, grad_norm, learning_rate and seconds (of
+            training, evaluations excluded); evaluation lines have step, tokens and held_out_loss.
         tokens_per_step: how many tokens an optimizer step reads.
     """
 
@@ -36,13 +36,19 @@ class Metrics(TrainerCallback):
         self._started = 0.0
         self._file: TextIO | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._file = self.path.open("w", encoding="utf-8", buffering=1)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.seconds += time.perf_counter() - self._started
         if state.global_step == state.max_steps:
             control.should_evaluate = True
@@ -67,7 +73,9 @@ class Metrics(TrainerCallback):
             self._demand_finite(state.global_step, {"held-out loss": float(logs["eval_loss"])})
             self.held_out.append((state.global_step, float(logs["eval_loss"])))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -80,10 +88,14 @@ class Metrics(TrainerCallback):
         bad = [f"{key} {value}" for key, value in numbers.items() if not math.isfinite(value)]
         if bad:
             rate = f" at learning rate {numbers['learning_rate']:.3g}" if "learning_rate" in numbers else ""
-            last = f"the last finite loss was {self.training[-1][1]:.4f}" if self.training else "no step was finite"
+            last = (
+                f"the last finite loss was {self.training[-1][1]:.4f}"
+                if self.training
+                else "no step was finite"
+            )
             raise NonFiniteLossError(
-                f"Training stopped at step {step}{rate}: {', '.join(bad)}; {last}. Try a lower optimizer.lr or a longer "
-                f"schedule.warmup; the metrics are in {self.path}."
+                f"Training stopped at step {step}{rate}: {', '.join(bad)}; {last}. Try a lower optimizer.lr or a "
+                f"longer schedule.warmup; the metrics are in {self.path}."
             )
 
 
@@ -96,7 +108,9 @@ class ProgressBar(TrainerCallback):
         self._training: TaskID | None = None
         self._evaluation: TaskID | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._training = self.progress.add_task("Training", total=state.max_steps, note="")
 
     def on_log(
@@ -112,13 +126,20 @@ class ProgressBar(TrainerCallback):
             self.progress.update(self._training, completed=state.global_step, note=note)
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         if self._evaluation is None:
             self._evaluation = self.progress.add_task("Held-out loss", total=len(eval_dataloader), note="")
         self.progress.advance(self._evaluation)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._evaluation is not None:
             self.progress.remove_task(self._evaluation)
             self._evaluation = None

@@ -1,9 +1,9 @@
 """From documents to fixed-length blocks of token ids: split, train the tokenizer, tokenise, pack, order.
 
-Documents are held out by a hash of their text, so a document and its duplicates are always on the same side, whatever
-else the source holds. The training documents are concatenated, each followed by EOS, and cut into blocks; attention
-crosses document borders inside a block, as in most pre-training. What it gives up: the text and its ids (int32) are held
-in memory, which is right up to a few GB.
+Documents are held out by a hash of their text, so a document and its duplicates are always on the same side. The
+training documents are concatenated, each followed by EOS, and cut into blocks; attention crosses document borders
+inside a block, as in most pre-training. What it gives up: the text and its ids (int32) are held in memory, which is
+right up to a few GB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _TOKENIZE_BATCH = 16
 Progress = Callable[[int], None]
 
 
-def split_documents(documents: Iterable[str], held_out_share: float, seed: int) -> tuple[list[str], list[str]]:
+def split_documents(
+    documents: Iterable[str], held_out_share: float, seed: int
+) -> tuple[list[str], list[str]]:
     """Training and held-out documents, each in the given order.
 
     The documents with the smallest hashes of seed and text are held out: `held_out_share` of them, at least one.
@@ -33,13 +35,15 @@ def split_documents(documents: Iterable[str], held_out_share: float, seed: int) 
     """
     documents = list(documents)
     hashes = [
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, salt=seed.to_bytes(16, "big")).digest()
+        hashlib.blake2b(
+            text.encode("utf-8", "surrogatepass"), digest_size=16, salt=seed.to_bytes(16, "big")
+        ).digest()
         for text in documents
     ]
     if len(set(hashes)) < 2:
         raise ValueError(
-            f"data.source gives {len(documents)} documents, {len(set(hashes))} different: expected at least two, one to "
-            "train on and one to hold out."
+            f"data.source gives {len(documents)} documents, {len(set(hashes))} different: expected at least two, one "
+            "to train on and one to hold out."
         )
     count = max(1, round(held_out_share * len(documents)))
     threshold = sorted(hashes)[count - 1]
@@ -55,18 +59,17 @@ def tokenize(
 ) -> np.ndarray:
     """All documents as one stream of ids, each document followed by EOS: int32 [tokens].
 
-    Text that spells a special token is tokenised as plain text.
-
-    Raises:
-        ValueError: the tokenizer has no EOS token.
+    Text that spells a special token is tokenised as plain text. The tokenizer must have an EOS token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no eos_token: expected one to end documents with.")
     streams = []
     for start in range(0, len(documents), _TOKENIZE_BATCH):
         batch = list(documents[start : start + _TOKENIZE_BATCH])
-        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-        streams += [np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
+        encoded = tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )
+        streams += [
+            np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]
+        ]
         if progress:
             progress(sum(map(num_bytes, batch)))
     return np.concatenate(streams) if streams else np.empty(0, dtype=np.int32)
@@ -89,7 +92,7 @@ class TokenBlocks(Dataset):
     """A map-style dataset of consecutive blocks of one token stream.
 
     Item `i` is block `order[i]`: `input_ids` and `labels`, both int64 [sequence_length] and equal; the model shifts the
-    labels itself. Blocks neither overlap nor leave gaps; only the last `len(tokens) % sequence_length` tokens are unused.
+    labels itself. Blocks neither overlap nor leave gaps; the last `len(tokens) % sequence_length` tokens are unused.
     """
 
     tokens: np.ndarray  # int32 [tokens]
@@ -119,8 +122,8 @@ def training_blocks(tokens: np.ndarray, sequence_length: int, num_wanted: int, s
     num_blocks = len(tokens) // sequence_length
     if num_blocks == 0:
         raise ValueError(
-            f"The training text has {len(tokens)} tokens, less than data.sequence_length {sequence_length}: expected at "
-            "least one sequence; use more text or a shorter sequence."
+            f"The training text has {len(tokens)} tokens, less than data.sequence_length {sequence_length}: expected "
+            "at least one sequence; use more text or a shorter sequence."
         )
     return TokenBlocks(tokens, sequence_length, block_order(num_blocks, num_wanted, seed))
 
@@ -134,7 +137,9 @@ def held_out_blocks(tokens: np.ndarray, sequence_length: int, max_blocks: int) -
     num_blocks = len(tokens) // sequence_length
     if num_blocks == 0:
         raise ValueError(
-            f"The held-out text has {len(tokens)} tokens, less than data.sequence_length {sequence_length}: expected at "
-            "least one sequence; raise data.held_out_share or use more text."
+            f"The held-out text has {len(tokens)} tokens, less than data.sequence_length {sequence_length}: expected "
+            "at least one sequence; raise data.held_out_share or use more text."
         )
-    return TokenBlocks(tokens, sequence_length, np.linspace(0, num_blocks - 1, min(max_blocks, num_blocks)).astype(np.int64))
+    return TokenBlocks(
+        tokens, sequence_length, np.linspace(0, num_blocks - 1, min(max_blocks, num_blocks)).astype(np.int64)
+    )

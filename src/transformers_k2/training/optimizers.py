@@ -1,13 +1,13 @@
 """The optimizers a recipe can name, each a dataclass of its options: one table, nothing registers itself.
 
-A row's `cls_and_kwargs()` is what `transformers.Trainer(optimizer_cls_and_kwargs=...)` takes, so a recipe's optimizer also
-serves a Trainer that someone builds by hand. An optimizer that groups parameters by their role in the model is a function
-of the model; Trainer calls such factories as `factory()(model, **kwargs)`.
+A row's `cls_and_kwargs()` is what `transformers.Trainer(optimizer_cls_and_kwargs=...)` takes, so a recipe's optimizer
+also serves a Trainer that someone builds by hand. An optimizer that groups parameters by their role in the model is a
+function of the model; Trainer calls such factories as `factory()(model, **kwargs)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ class OptimizerOptions(Protocol):
         """The peak learning rate; the recipe's schedule scales it."""
         ...
 
-    def cls_and_kwargs(self) -> tuple[Callable[[], Any], dict[str, Any]]:
+    def cls_and_kwargs(self) -> tuple[Any, dict[str, Any]]:
         """The pair that Trainer's `optimizer_cls_and_kwargs` takes."""
         ...
 
@@ -47,7 +47,7 @@ class AdamW:
     weight_decay: Annotated[float, at_least(0)]
     eps: Annotated[float, above(0)]
 
-    def cls_and_kwargs(self) -> tuple[Callable[[], Any], dict[str, Any]]:
+    def cls_and_kwargs(self) -> tuple[Any, dict[str, Any]]:
         """A factory of `torch.optim.AdamW` over all trainable parameters, and its options."""
         options = asdict(self)
         del options["name"]
@@ -55,7 +55,7 @@ class AdamW:
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
-    """AdamW over every parameter that requires a gradient; fused, because one call per tensor costs more than its sums."""
+    """AdamW over every trainable parameter; fused, because a call per tensor costs more than its arithmetic."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **options)
 
 

@@ -1,7 +1,7 @@
 """An output folder that changes only when everything in it is finished.
 
-A run writes into a hidden folder beside `output_dir`; when all is done the two are exchanged by renaming. Until then, and
-if the run fails, whatever `output_dir` held is untouched. What it gives up: room for two results on the disk.
+A run writes into a hidden folder beside `output_dir`; when all is done the two are exchanged by renaming. Until then,
+and if the run fails, whatever `output_dir` held is untouched. What it gives up: room for two results on the disk.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ def check_output(output_dir: str | Path, overwrite: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file: expected a folder or a new name.")
     if path == Path.cwd() or path in Path.cwd().parents:
-        raise ValueError(f"output_dir {path} holds the current folder: expected a folder of its own, such as runs/debug.")
+        raise ValueError(
+            f"output_dir {path} holds the current folder: expected a folder of its own, such as runs/debug."
+        )
     if not path.is_dir() or not any(path.iterdir()):
         return path
     if not overwrite:
-        raise ValueError(f"output_dir {path} is not empty: choose another output_dir, or set overwrite=true to replace it.")
+        raise ValueError(
+            f"output_dir {path} is not empty: choose another output_dir, or set overwrite=true to replace it."
+        )
     if not (path / MARKER).is_file():
         raise ValueError(
-            f"output_dir {path} is not empty and has no {MARKER}, so it is no earlier run: expected a folder that may be "
-            "replaced; choose another output_dir."
+            f"output_dir {path} is not empty and has no {MARKER}, so it is no earlier run: expected a folder that may "
+            "be replaced; choose another output_dir."
         )
     return path
 
@@ -82,7 +86,9 @@ def _lock(lock: Path, path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"output_dir {path} is being written by another run: wait for it, or choose another.") from None
+            raise ValueError(
+                f"output_dir {path} is being written by another run: wait for it, or choose another."
+            ) from None
         try:
             yield
         finally:

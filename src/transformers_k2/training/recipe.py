@@ -56,7 +56,7 @@ class DataSection:
 class ScheduleSection:
     """Warm-up from `min_lr`, constant, cosine to `min_lr` (arXiv 2507.20534, section 2.5).
 
-    `warmup` and `decay` are steps if whole numbers, shares of training.steps if fractions; the constant part is the rest.
+    `warmup` and `decay` are steps if whole numbers, shares of training.steps if fractions; the rest is constant.
     """
 
     warmup: Phase
@@ -121,11 +121,11 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         name: a path, or the name of a file in training_recipes/.
-        overrides: "dotted.key=value" texts; the value is YAML, so `model.overrides={num_hidden_layers: 2}` works, and so
-            does `model.overrides.num_hidden_layers=2`. The later of two wins.
+        overrides: "dotted.key=value" texts; the value is YAML, so `model.overrides={num_hidden_layers: 2}` works, and
+            so does `model.overrides.num_hidden_layers=2`. The later of two wins.
 
     Raises:
-        ValueError: no such recipe, not YAML, or a key or value that does not fit; one line names the key and the choices.
+        ValueError: no such recipe, not YAML, or a key or value that does not fit; one line names it and the choices.
     """
     path = find("training_recipes", name)
     values = parse_yaml(path.read_text(encoding="utf-8"), path.name)
@@ -170,7 +170,7 @@ def _check(recipe: Recipe, source: str) -> None:
         )
     if schedule.min_lr > recipe.optimizer.lr:
         raise ValueError(
-            f"{source}: schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {recipe.optimizer.lr:g}: expected at most that."
+            f"{source}: schedule.min_lr is {schedule.min_lr:g}: expected at most optimizer.lr, {recipe.optimizer.lr:g}."
         )
 
 

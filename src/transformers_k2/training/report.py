@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.syntax import Syntax
@@ -93,17 +93,18 @@ class RunSummary:
         table.add_column(overflow="fold")
         skipped = f", {self.skipped_files} files that are not text left out" if self.skipped_files else ""
         rows = {
-            "Text": f"{self.source}: {self.training_documents:,} documents, {self.training_tokens:,} tokens to train on; "
-            f"{self.held_out_documents:,} documents, {self.held_out_tokens:,} tokens held out{skipped}",
+            "Text": f"{self.source}: {self.training_documents:,} documents, {self.training_tokens:,} tokens to train "
+            f"on; {self.held_out_documents:,} documents, {self.held_out_tokens:,} tokens held out{skipped}",
             "Model": f"{self.model}: {self.num_parameters / 1e6:.2f} M parameters, "
             f"{self.num_active_parameters / 1e6:.2f} M of them used per token",
             "Training": f"{self.steps:,} steps, {self.tokens:,} tokens ({self.passes:.2f} passes) in "
-            f"{self.training_seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s; everything: {self.total_seconds:.0f} s",
+            f"{self.training_seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s",
+            "Whole run": f"{self.total_seconds:.0f} s, with preparing the text, evaluating, saving and reloading",
             "Training loss": f"{self.first_loss:.3f} at the first step, {self.last_loss:.3f} at the end",
-            "Held-out loss": f"{self.held_out_loss:.3f} (perplexity {self.perplexity:.1f}, {self.bits_per_byte:.3f} bits "
-            f"per byte), on {self.evaluated_tokens:,} tokens",
-            "Counting instead": f"{self.bigram_loss:.3f} with a bigram table, {self.unigram_loss:.3f} with word frequencies, "
-            "counted on the tokens that were trained on",
+            "Held-out loss": f"{self.held_out_loss:.3f} (perplexity {self.perplexity:.1f}, {self.bits_per_byte:.3f} "
+            f"bits per byte), on {self.evaluated_tokens:,} tokens",
+            "Counting instead": f"{self.bigram_loss:.3f} with a table of token pairs (bigram), {self.unigram_loss:.3f} "
+            "with token frequencies, both counted on the tokens that were trained on",
             "Reloaded": "with AutoModelForCausalLM and AutoTokenizer: the logits are the same to the bit",
         }
         for name, text in rows.items():
@@ -113,16 +114,15 @@ class RunSummary:
             files.add_row(Text(str(Path(self.output_dir) / name), style="cyan", overflow="fold"), Text(text))
         return Group(
             Panel(table, title=f"[bold]{escape(self.recipe)}[/bold]", title_align="left"),
-            Panel(Text.assemble((self.prompt, "bold"), self.sample), title="The model writes", title_align="left"),
+            Panel(
+                Text.assemble((self.prompt, "bold"), self.sample),
+                title="The model writes",
+                title_align="left",
+            ),
             Panel(files, title="Files", title_align="left"),
-            Panel(Syntax(self.loading_code(), "python", background_color="default", word_wrap=True),
-                  title="Load it", title_align="left"),
+            Text("\nLoad it:\n", style="bold"),  # no frame: these lines are there to be copied
+            Syntax(self.loading_code(), "python", background_color="default", word_wrap=True),
         )
-
-
-def print_summary(summary: RunSummary, console: Console) -> None:
-    """Show the summary."""
-    console.print(summary)
 
 
 def smooth(losses: Sequence[float], memory: float) -> list[float]:
@@ -159,7 +159,9 @@ def plot_losses(
     tokens = [step * thousands for step, _ in training]
     losses = [loss for _, loss in training]
     axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
-    axes.plot(tokens, smooth(losses, len(losses) / 25), color="#08519c", linewidth=1.8, label="training, smoothed")
+    axes.plot(
+        tokens, smooth(losses, len(losses) / 25), color="#08519c", linewidth=1.8, label="training, smoothed"
+    )
     axes.plot(
         [step * thousands for step, _ in held_out],
         [loss for _, loss in held_out],
@@ -175,8 +177,15 @@ def plot_losses(
     if held_out:
         step, loss = held_out[-1]
         axes.annotate(  # right of the curve, where nothing else is drawn
-            f"{loss:.2f}", (step * thousands, loss), xytext=(7, 0), textcoords="offset points", va="center",
-            color="#d94801", fontsize=10, fontweight="bold", annotation_clip=False,
+            f"{loss:.2f}",
+            (step * thousands, loss),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color="#d94801",
+            fontsize=10,
+            fontweight="bold",
+            annotation_clip=False,
         )
     axes.set(title=title, xlabel="Training tokens read (thousands)", ylabel="Loss (nats per token)")
     axes.set_xlim(0, right)

@@ -1,8 +1,8 @@
-"""Typed settings out of YAML: a dataclass describes them, `build` checks them, every error is one line with the key's path.
+"""Typed settings out of YAML: a dataclass describes them, `build` checks them, an error is one line with the key.
 
 It exists because a typo in a recipe must not cost a run: unknown, missing, repeated and wrongly typed keys are errors
-before work starts. Settings have no defaults in code, so a file shows everything that is set. What it gives up: only the
-types that recipes need (scalars, lists, fixed tuples, `dict[str, Any]`, `X | None`, Literal, nested dataclasses).
+before work starts. Settings have no defaults in code, so a file shows everything that is set. What it gives up: only
+the types that recipes need work (scalars, lists, fixed tuples, `dict[str, Any]`, unions, Literal, dataclasses).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def parse_yaml(text: str, source: str) -> Any:
         ValueError: it is not YAML, or a mapping repeats a key; `source` and the position are named.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -91,7 +91,9 @@ def keys(cls: type) -> Iterator[str]:
     for name, annotation in get_type_hints(cls, include_extras=True).items():
         variant = _metadata(annotation, Variant)
         inner = list(variant[0].table.values()) if variant else [_bare(annotation)]
-        nested = [key for part in inner if is_dataclass(part) for key in keys(part)]
+        nested = [
+            key for part in inner if isinstance(part, type) and is_dataclass(part) for key in keys(part)
+        ]
         yield from dict.fromkeys(f"{name}.{key}" for key in nested) if nested else (name,)
 
 
@@ -123,17 +125,23 @@ class _Builder:
 
     def section(self, cls: type[T], value: Any, path: str) -> T:
         if not isinstance(value, Mapping):
-            raise self.error(path, f"{path or 'the recipe'} is {value!r}: expected a mapping of keys to values.")
+            raise self.error(
+                path, f"{path or 'the recipe'} is {value!r}: expected a mapping of keys to values."
+            )
         hints = get_type_hints(cls, include_extras=True)
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in value:
             if key not in names:
-                raise self.error(f"{path}.{key}".lstrip("."), self.unknown(str(key), names, path), or_below=True)
+                raise self.error(
+                    f"{path}.{key}".lstrip("."), self.unknown(str(key), names, path), or_below=True
+                )
         missing = [name for name in names if name not in value]
         if missing:
             name = f"{path}.{missing[0]}".lstrip(".")
             raise self.error(path, f"the key {name!r} is missing: expected {describe(hints[missing[0]])}.")
-        return cls(**{name: self.value(hints[name], value[name], f"{path}.{name}".lstrip(".")) for name in names})
+        return cls(
+            **{name: self.value(hints[name], value[name], f"{path}.{name}".lstrip(".")) for name in names}
+        )
 
     def unknown(self, key: str, names: list[str], path: str) -> str:
         prefix = f"{path}." if path else ""

@@ -20,6 +20,7 @@ import glob
 import gzip
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import tokenize
@@ -28,9 +29,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Left out of "stdlib": tests and packages are not the library; lib2to3 and idlelib are applications; encodings is mostly
-# generated tables, on which any model looks good.
-_STDLIB_EXCLUDED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages"}
+# Left out of "stdlib": tests and packages are not the library; lib2to3 and idlelib are applications; encodings is
+# mostly generated tables, on which any model looks good.
+_STDLIB_EXCLUDED = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+}
 _STDLIB_EXCLUDED |= {"dist-packages", "__pycache__"}
 # A text file given alone is cut at the first blank line after this many characters.
 _PIECE_CHARACTERS = 2000
@@ -101,18 +111,13 @@ def _resolve(part: str) -> list[Path] | None:
     """The files of one source in a fixed order; None for a dataset."""
     if part.startswith(_DATASETS):
         if not part.removeprefix(_DATASETS) or part.count(":") > 3:
-            raise ValueError(f"data.source is {part!r}: expected datasets:NAME, datasets:NAME:CONFIG or datasets:NAME:CONFIG:SPLIT.")
+            raise ValueError(
+                f"data.source is {part!r}: expected datasets:NAME, datasets:NAME:CONFIG or datasets:NAME:CONFIG:SPLIT."
+            )
         _need("datasets", part)
         return None
     if part == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [
-            path
-            for path in root.rglob("*.py")
-            if not _STDLIB_EXCLUDED.intersection(parts := path.relative_to(root).parts)
-            and not parts[0].startswith("config-")
-        ]
-        return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+        return _stdlib_files()
     path = Path(part).expanduser()
     if path.is_file():
         files = [path]
@@ -137,9 +142,23 @@ def _resolve(part: str) -> list[Path] | None:
     return files
 
 
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        # Never entered, not only left out: site-packages may be large.
+        subfolders[:] = [
+            name for name in subfolders if name not in _STDLIB_EXCLUDED and not name.startswith("config-")
+        ]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
 def _need(package: str, part: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"data.source {part!r} needs {package}: install it with pip install 'transformers_k2[train]'.")
+        raise ValueError(
+            f"data.source {part!r} needs {package}: install it with pip install 'transformers_k2[train]'."
+        )
 
 
 def _text(path: Path, lenient: bool) -> str | None:
@@ -149,7 +168,9 @@ def _text(path: Path, lenient: bool) -> str | None:
     except UnicodeDecodeError as error:
         if lenient:
             return None
-        raise ValueError(f"data.source file {path} is not UTF-8 at byte {error.start}: expected UTF-8 text.") from None
+        raise ValueError(
+            f"data.source file {path} is not UTF-8 at byte {error.start}: expected UTF-8 text."
+        ) from None
     return None if lenient and "\0" in text else text
 
 
@@ -164,8 +185,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -214,7 +234,9 @@ def _field(row: Any, text_field: str, where: str) -> str:
 
 def _no_field(where: str, text_field: str, names: Any) -> ValueError:
     found = ", ".join(map(str, names)) or "no fields"
-    return ValueError(f"data.source {where} has no {text_field!r}: expected data.text_field to be one of {found}.")
+    return ValueError(
+        f"data.source {where} has no {text_field!r}: expected data.text_field to be one of {found}."
+    )
 
 
 def _help_topics() -> Iterator[str]:
