@@ -180,7 +180,7 @@ def decoded(stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, to
     """What a stored checkpoint means: hub names, every quantised weight multiplied out."""
     meaning = {}
     for name, tensor in stored.items():
-        if name.endswith("_scale_inv") or name.endswith(("weight_scale", "weight_shape")):
+        if name.endswith(("_scale_inv", "weight_scale", "weight_shape")):
             continue
         if f"{name}_scale_inv" in stored:
             meaning[name] = from_fp8_blocks(tensor, stored[f"{name}_scale_inv"], dtype)

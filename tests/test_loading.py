@@ -141,7 +141,7 @@ def test_stock_class_cannot_load_partial_fp8_blocks(tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "hub", "fp8")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "deepseek_v3"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="not divisible|conversion"):
+    with pytest.raises(Exception, match=r"not divisible|conversion"):
         DeepseekV3ForCausalLM.from_pretrained(folder)
 
 
@@ -156,7 +156,7 @@ def test_quantization_config_argument(tmp_path: Path) -> None:
     assert_means(
         AutoModelForCausalLM.from_pretrained(int4, quantization_config=asked), decoded(stored, torch.bfloat16)
     )
-    with pytest.raises(ValueError, match="quantised with 'fp8'.*'bitsandbytes'"):
+    with pytest.raises(ValueError, match=r"quantised with 'fp8'.*'bitsandbytes'"):
         AutoModelForCausalLM.from_pretrained(fp8, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 
 

@@ -46,6 +46,9 @@ def test_a_wheel_carries_the_data(tmp_path: Path) -> None:
     assert inside == outside
     # -S -E: without the editable install's finder; resources.py itself needs the standard library only.
     package = str(tmp_path / "site/transformers_k2")
-    code = f"import sys; sys.path.insert(0, {package!r}); from resources import find; print(find('configs', 'debug_0_2b'))"
-    printed = subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True, capture_output=True, text=True)
+    code = f"import sys; sys.path.insert(0, {package!r})\n"
+    code += "from resources import find; print(find('configs', 'debug_0_2b'))"
+    printed = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", code], check=True, capture_output=True, text=True
+    )
     assert Path(printed.stdout.strip()) == tmp_path / "site/transformers_k2/_data/configs/debug_0_2b.json"

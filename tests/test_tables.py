@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
-from transformers_k2.conversion.manifest import expected_tensors
+from transformers_k2.manifest import expected_tensors
 from transformers_k2.resources import find, names
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,6 +12,7 @@ from .modeling_kimi_k2 import (
 )
 from .registration import register
 from .tokenization_kimi_k2 import KimiK2Tokenizer
+from .tokenizer_training import train_tokenizer
 
 __version__ = "0.1.0"
 
@@ -25,4 +26,5 @@ __all__ = [
     "KimiK2Model",
     "KimiK2PreTrainedModel",
     "KimiK2Tokenizer",
+    "train_tokenizer",
 ]

@@ -82,15 +82,18 @@ def _resolve_config(cls: Any, path: Any, config: Any, kwargs: dict[str, Any]) ->
         hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in _CONFIG_KWARGS}
         return cls.config_class.from_pretrained(config if config is not None else path, **hub, **own)
+    return copy.deepcopy(text_config(config))  # routing a quantised checkpoint changes it
+
+
+def text_config(config: PreTrainedConfig) -> KimiK2Config:
+    """The language model's configuration: itself, the text half of K2.5's wrapper, or a relative's with the same keys."""
     text = config.get_text_config()
-    if not isinstance(
-        text, KimiK2Config
-    ):  # K2.5's wrapper, or a relative's configuration, whose keys are the same
-        values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
-        if (quantization := getattr(config, "quantization_config", None)) is not None:
-            values["quantization_config"] = quantization
-        return cls.config_class(**values, name_or_path=config.name_or_path)
-    return copy.deepcopy(text)  # routing a quantised checkpoint changes it
+    if isinstance(text, KimiK2Config):
+        return text
+    values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        values["quantization_config"] = quantization
+    return KimiK2Config.from_dict({**values, "name_or_path": config.name_or_path})
 
 
 def _look_first(cls: Any, path: Path, config: KimiK2Config, kwargs: dict[str, Any], strict: bool) -> None:

@@ -30,7 +30,7 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
     config_class: ClassVar[type] = KimiK2Config
     # What a K2 checkpoint may hold beside the language model: the stray rope buffers, K2.5's vision tower and projector.
     # Upstream's list also hides `model.layers.61.*`: DeepSeek's extra prediction layer, which K2 does not have.
-    _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)
+    _keys_to_ignore_on_load_unexpected = IGNORED_KEYS
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -60,6 +60,11 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
         return loading.from_pretrained(
             cls, super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
         )
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """What `AutoModel*.from_config` calls; K2.5's wrapper stands for the text configuration inside it."""
+        return super()._from_config(loading.text_config(config), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save in the hub's layout: one tensor per expert and projection, and the hub's config.json.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .conversion.manifest import WRAPPER_PREFIX, expected_tensors
+from .manifest import WRAPPER_PREFIX, expected_tensors
 
 # Not the language model's: stray rope buffers, K2.5's vision tower and projector.
 IGNORED_KEYS = (r"rotary_emb\.inv_freq$", r"^vision_tower\.", r"^mm_projector\.")

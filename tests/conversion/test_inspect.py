@@ -21,8 +21,8 @@ import checkpoints
 from transformers_k2 import resources
 from transformers_k2.checkpoint import DTYPE_BITS
 from transformers_k2.conversion import Problem, Report, inspect, render
-from transformers_k2.conversion.manifest import Tensors, expected_tensors, optional_tensors
 from transformers_k2.conversion.report import fold, ranges
+from transformers_k2.manifest import Tensors, expected_tensors, optional_tensors
 
 Tensor = torch.Tensor
 GATE_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import fp8_blocks, from_fp8_blocks, int4_groups
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
+from checkpoints import fp8_blocks, from_fp8_blocks, int4_groups
 from transformers_k2.quantization.codecs import fp8_block, int4_pack
 
 

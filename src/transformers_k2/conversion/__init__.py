@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..manifest import count_parameters, expected_tensors
 from .inspection import inspect
-from .manifest import count_parameters, expected_tensors
 from .report import Problem, Report, render
 
 __all__ = ["Problem", "Report", "count_parameters", "expected_tensors", "inspect", "render"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint import Scan
-from .manifest import COUNT_KEYS, NULLABLE_KEYS, SIZE_KEYS, WRAPPER_EXTRAS, Tensors
+from ..manifest import COUNT_KEYS, NULLABLE_KEYS, SIZE_KEYS, WRAPPER_EXTRAS, Tensors
 from .report import Fold, Problem, fold, kind_of, ranges
 
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")

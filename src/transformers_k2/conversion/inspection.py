@@ -31,8 +31,7 @@ from ..checkpoint import (
     read_json,
     scan,
 )
-from . import checks
-from .manifest import (
+from ..manifest import (
     WRAPPER_EXTRAS,
     WRAPPER_PREFIX,
     Quantization,
@@ -44,6 +43,7 @@ from .manifest import (
     quantization_of,
     split_config,
 )
+from . import checks
 from .report import Problem, Report, kind_of
 
 # (prefix of the names, method, fused experts) -> layout, a stem of conversion/*.yaml.

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from transformers_k2 import resources
 from transformers_k2.checkpoint import DTYPE_BITS, Checkpoint
-from transformers_k2.conversion.manifest import (
+from transformers_k2.manifest import (
     FP8,
     INT4,
     PARTS,
@@ -30,7 +30,7 @@ from transformers_k2.conversion.manifest import (
     split_config,
 )
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "checkpoints"
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "checkpoints"
 needs_listings = pytest.mark.skipif(not SHARED.is_dir(), reason="the published tensor listings are not here")
 SAFETENSORS = {"bf16": "BF16", "f32": "F32", "f8_e4m3fn": "F8_E4M3", "i32": "I32"}
 TINY: dict[str, Any] = {
