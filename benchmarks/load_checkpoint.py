@@ -49,9 +49,8 @@ def main() -> None:
             "fp8": (checkpoints.to_fp8(plain), {"quantization_config": checkpoints.FP8_CONFIG}),
             "int4": (checkpoints.to_int4(plain), {"quantization_config": checkpoints.INT4_CONFIG}),
         }
-        print(
-            f"{sum(t.numel() for t in plain.values()) / 1e6:.0f}M parameters, loaded as bf16 on {torch.get_num_threads()} threads"
-        )
+        size = sum(tensor.numel() for tensor in plain.values())
+        print(f"{size / 1e6:.0f}M parameters, loaded as bf16 on {torch.get_num_threads()} threads")
         ratios = {}
         for form, (tensors, extra) in forms.items():
             ours = checkpoints.write(
