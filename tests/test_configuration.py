@@ -212,7 +212,7 @@ def test_wrapper_of_k2_5(tmp_path: Path) -> None:
     assert text.rope_parameters["beta_fast"] == 32.0
     assert text.quantization_config["config_groups"]["group_0"]["weights"]["num_bits"] == 4
     wrapper = AutoConfig.from_pretrained(tmp_path)
-    assert type(wrapper) is Kimi_K25Config
+    assert isinstance(wrapper, Kimi_K25Config)
     assert wrapper.text_config.n_routed_experts == 384
 
 

@@ -34,11 +34,17 @@ def save_pretrained(
     Adapters, distributed training checkpoints and pushes to the hub are written by transformers in place.
 
     Raises:
-        ValueError: `save_directory` is a file.
+        ValueError: `save_directory` is a file, or each rank has only its pipeline stage of the model.
     """
     target = Path(save_directory)
     if target.is_file():
         raise ValueError(f"save_pretrained needs a folder, but {target} is a file.")
+    distributed = getattr(model.config, "distributed_config", None)
+    if distributed is not None and distributed.pp_size > 1:  # upstream would write the first stage alone
+        raise ValueError(
+            f"A model split into {distributed.pp_size} pipeline stages cannot be saved, because each rank has only its own "
+            "layers: load it with pp_size=1."
+        )
     adapter = getattr(model, "_hf_peft_config_loaded", False)
     in_place = adapter or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint")
     with _only_true_quantization(model):
@@ -55,7 +61,7 @@ def save_pretrained(
                 write_text(staging / "config.json", model.config.to_json_string(keep_auto_map=True))
             _publish(staging, target)
         # Other ranks must not read the folder before the files are in place.
-        model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
+        model.barrier_after_gathered_checkpoint_save(distributed)
 
 
 @contextmanager
