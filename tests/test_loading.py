@@ -329,3 +329,5 @@ def test_saving_replaces_the_old_files_at_the_end(tmp_path: Path, monkeypatch: p
     left = {path.name for path in target.iterdir()}
     assert left == {"model.safetensors", "config.json", "generation_config.json", "notes.txt"}
     AutoModelForCausalLM.from_pretrained(target)
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in target.iterdir()} == {(tmp_path / "plain").stat().st_mode}

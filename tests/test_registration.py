@@ -91,7 +91,8 @@ def test_importing_is_all_it_takes(hub_folder: Path) -> None:
     program = (
         "import sys, transformers_k2\n"
         "from transformers import AutoModelForCausalLM\n"
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__qualname__)"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(model).__qualname__, model.config._experts_implementation)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, str(hub_folder)],
@@ -100,7 +101,7 @@ def test_importing_is_all_it_takes(hub_folder: Path) -> None:
         check=True,
         timeout=120,
     )
-    assert run.stdout.split() == ["KimiK2ForCausalLM"]
+    assert run.stdout.split() == ["KimiK2ForCausalLM", "grouped_mm"]
 
 
 def test_label_smoothing_shifts_the_labels(tiny_model: KimiK2ForCausalLM, tmp_path: Path) -> None:
