@@ -174,7 +174,7 @@ def test_a_whole_attention_layer_in_float64(attention: str, tiny_model: KimiK2Fo
     with torch.no_grad():
         got = layer(hidden, cos_sin, mask)[0]
     assert config.rope_interleave
-    # Positions near 131072 as float32 angles: errors of up to 0.05 rad in the fastest of six dimensions.
-    np.testing.assert_allclose(got[0].numpy(), wanted, rtol=0, atol=2e-2 * np.abs(wanted).max())
+    # Near 131072 a float32 angle is off by some thousandths.
+    np.testing.assert_allclose(got[0].numpy(), wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
     near = layer(hidden[:, :3], [part[:, :3] for part in cos_sin], mask[..., :3, :3])[0]
     np.testing.assert_allclose(near[0].detach().numpy(), wanted[:3], rtol=0, atol=2e-6 * np.abs(wanted).max())

@@ -22,6 +22,12 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import PrefixChange
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -50,6 +56,12 @@ def register() -> None:
     AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(KimiK2Config, KimiK2ForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(KimiK2Config, KimiK2ForTokenClassification, exist_ok=True)
+    # Where a task is told by the name of the class: Trainer shifts labels under label smoothing only for names it finds
+    # here, `transformers serve` refuses the others.
+    MODEL_MAPPING_NAMES[MODEL_TYPE] = KimiK2Model.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = KimiK2ForCausalLM.__name__
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[MODEL_TYPE] = KimiK2ForSequenceClassification.__name__
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[MODEL_TYPE] = KimiK2ForTokenClassification.__name__
     # The text half of a K2.5 checkpoint: AutoModelForCausalLM has no class for it. The public method refuses a model
     # whose config class is another one, so the mapping is told directly.
     AutoConfig.register("kimi_k25", _WrapperConfig, exist_ok=True)

@@ -89,7 +89,8 @@ def _publish(staging: Path, target: Path) -> None:
         }
     files = sorted(path for path in staging.iterdir() if path.is_file())
     for path in files:
-        shutil.copymode(staging / "config.json", path)  # safetensors makes its files readable by their owner only
+        # safetensors makes its files readable by their owner only
+        shutil.copymode(staging / "config.json", path)
         sync(path)
     new = {path.name for path in files}
     # Weights first, then the files that describe them; what points at the shards comes last.
