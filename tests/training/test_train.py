@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from transformers_k2 import KimiK2ForCausalLM, KimiK2Tokenizer
 from transformers_k2.training import NonFiniteLossError, RunSummary, build_config, load_recipe, train
 from transformers_k2.training.data import held_out_blocks, split_documents, tokenize, training_blocks
 from transformers_k2.training.optimizers import OPTIMIZERS, AdamW
+from transformers_k2.training.report import smooth
 from transformers_k2.training.sources import Source
 
 RECIPE = "debug_pretrain"
@@ -258,6 +260,30 @@ def test_several_processes_are_refused(text: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
         run(text, tmp_path / "run")
+
+
+def test_the_number_of_threads_is_the_recipes_while_it_runs(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = KimiK2ForCausalLM.forward
+
+    @functools.wraps(forward)  # Trainer reads its signature
+    def watched(*args, **kwargs):
+        seen.append(torch.get_num_threads())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(KimiK2ForCausalLM, "forward", watched)
+    before = torch.get_num_threads()
+    run(text, tmp_path / "run", "training.cpu_threads=2")
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == before
+
+
+def test_smoothing_is_centred() -> None:
+    straight = [2.0 * step for step in range(9)]
+    assert smooth(straight, 3) == pytest.approx(straight)  # a trailing mean would lag
+    assert smooth([0.0, 3.0, 0.0, 3.0, 0.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0])
 
 
 def test_adamw_decays_every_parameter_once(finished: tuple[RunSummary, Path, str]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def train(name: str | Path, overrides: Iterable[str] = (), console: Console | No
     target = check_output(recipe.output_dir, recipe.overwrite)
     tokenizer = load_tokenizer(recipe, config)
 
-    with staged(target) as folder:
+    with _threads(recipe.training.cpu_threads), staged(target) as folder:
         with _progress(console) as progress:
             data = prepare_data(recipe, source, tokenizer, progress)
             model = build_model(recipe, config, data.tokenizer)
@@ -118,6 +119,17 @@ def _check_machine() -> None:
         raise ValueError(f"k2 train needs {' and '.join(missing)}: pip install 'transformers_k2[train]'.")
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"WORLD_SIZE is {size}: k2 train runs in one process; start it without torchrun.")
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """torch's number of CPU threads inside the block; None leaves it alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _progress(console: Console) -> Progress:

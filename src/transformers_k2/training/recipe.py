@@ -78,6 +78,7 @@ class TrainingSection:
     gradient_accumulation: Count
     max_grad_norm: Annotated[float, above(0)] | None
     dtype: Literal["float32", "bfloat16"]
+    cpu_threads: Count | None
     seed: Seed
     eval_every: Count
     eval_sequences: Count

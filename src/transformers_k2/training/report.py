@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -125,14 +126,10 @@ class RunSummary:
         )
 
 
-def smooth(losses: Sequence[float], memory: float) -> list[float]:
-    """An exponential moving average with bias correction; `memory` is its length in steps."""
-    keep, total, weight, result = 1 - 1 / max(memory, 1.0), 0.0, 0.0, []
-    for loss in losses:
-        total = keep * total + (1 - keep) * loss
-        weight = keep * weight + (1 - keep)
-        result.append(total / weight)
-    return result
+def smooth(losses: Sequence[float], reach: int) -> list[float]:
+    """The mean of each loss and up to `reach` neighbours on either side, as many on both: the curve does not lag."""
+    reaches = [min(reach, step, len(losses) - 1 - step) for step in range(len(losses))]
+    return [fmean(losses[step - near : step + near + 1]) for step, near in enumerate(reaches)]
 
 
 def plot_losses(
@@ -160,7 +157,7 @@ def plot_losses(
     losses = [loss for _, loss in training]
     axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
     axes.plot(
-        tokens, smooth(losses, len(losses) / 25), color="#08519c", linewidth=1.8, label="training, smoothed"
+        tokens, smooth(losses, len(losses) // 50), color="#08519c", linewidth=1.8, label="training, smoothed"
     )
     axes.plot(
         [step * thousands for step, _ in held_out],
@@ -169,6 +166,8 @@ def plot_losses(
         marker="o",
         markersize=5,
         linewidth=1.4,
+        clip_on=False,
+        zorder=3,
         label="held out",
     )
     right = tokens[-1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 NAMES = ("weight_packed", "weight_scale", "weight_shape")
 PER_INT32 = 8
+_BAND = 1 << 19  # weights decoded at a time: 3 MB with the intermediate copies
 
 
 def unpack(packed: Int[Tensor, "out packed_in"], in_features: int) -> Int8[Tensor, "out in"]:
@@ -52,8 +53,11 @@ def decode(
     out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
     # In bf16 the product of a code and a bf16 scale rounds once, as from float32; other types go through float32.
     working = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
-    for start in range(0, rows, 64):  # one band of rows at a time: the intermediate copies stay in cache
-        band = slice(start, start + 64)
+    num_rows = max(32, _BAND // in_features)
+    for start in range(
+        0, rows, num_rows
+    ):  # one band of rows at a time: the intermediate copies stay in cache
+        band = slice(start, start + num_rows)
         codes = unpack(packed[band], in_features).to(working).unflatten(1, (groups, -1))
         out[band] = codes.mul_(scale[band].to(working).unsqueeze(-1)).flatten(1)
     return out
