@@ -105,8 +105,7 @@ def _look_first(cls: Any, path: Path, config: KimiK2Config, kwargs: dict[str, An
         if index is not None:
             check_index(json.loads(Path(index).read_text(encoding="utf-8")), None, f"{path}/{_INDEX_NAME}")
         return
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    if is_adapter or is_sharded_checkpoint(folder) or kwargs.get("variant"):
+    if _is_adapter(folder) or is_sharded_checkpoint(folder) or kwargs.get("variant"):
         return  # the weights are elsewhere, or in a distributed training checkpoint: one file per rank
     checkpoint = Checkpoint.open(folder)
     if not strict or kwargs.get("key_mapping"):
@@ -147,7 +146,7 @@ def _route_quantization(config: KimiK2Config, kwargs: dict[str, Any]) -> None:
     asked = kwargs.get("quantization_config")
     if isinstance(asked, QuantizationConfigMixin):
         asked = asked.to_dict() | {"dequantize": getattr(asked, "dequantize", False)}
-    method = str(getattr(stored["quant_method"], "value", stored["quant_method"]))
+    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
     if method == "fp8":
         block = tuple(stored.get("weight_block_size") or ())
         if len(block) != 2:
@@ -160,7 +159,7 @@ def _route_quantization(config: KimiK2Config, kwargs: dict[str, Any]) -> None:
     else:
         return
     if asked is not None:
-        wanted = str(getattr(asked["quant_method"], "value", asked["quant_method"]))
+        wanted = str(getattr(asked.get("quant_method"), "value", asked.get("quant_method")))
         if wanted != method:
             raise ValueError(
                 f"The checkpoint is quantised with {method!r}, but quantization_config asks for {wanted!r}: load it "

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .manifest import WRAPPER_PREFIX, expected_tensors
+from .manifest import WRAPPER_EXTRAS, WRAPPER_PREFIX, expected_tensors
 
 # Not the language model's: stray rope buffers, K2.5's vision tower and projector.
-IGNORED_KEYS = (r"rotary_emb\.inv_freq$", r"^vision_tower\.", r"^mm_projector\.")
+IGNORED_KEYS = (r"rotary_emb\.inv_freq$", *(rf"^{re.escape(prefix)}" for prefix in WRAPPER_EXTRAS))
 _IGNORED = re.compile("|".join(IGNORED_KEYS))
 _BARE = re.compile(
     r"(?:layers|embed_tokens|norm)\."
