@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from . import peft_mapping
+from . import attention, peft_mapping
 from .configuration_kimi_k2 import KimiK2Config
 from .modeling_kimi_k2 import (
     KimiK2ForCausalLM,
@@ -83,3 +83,4 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING[METHOD] = CheckpointQuantizer
 
     peft_mapping.register()
+    attention.register()
