@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -120,7 +121,69 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
         end = {key: whole(value) for key, value in model.state_dict().items()}
         torch.save(end, folder / f"resumed {source}{other} {target}{ranks} {rank}.pt")
     train_for_real(rank, ranks, folder)
+    awkward(rank, ranks, folder)
     dist.destroy_process_group()
+
+
+def awkward_parameters() -> dict[str, torch.Tensor]:
+    """Whole tensors whose shards are uneven, empty, strided, across columns, or replicated."""
+    shapes = {
+        "rows": (9, 7),
+        "fewer rows than ranks": (3, 7),
+        "columns": (6, 11),
+        "everywhere": (8, 5),
+        "replicas of shards": (10, 6),
+        "rows and columns": (10, 9),
+        "strided": (13, 6),
+        "experts": (6, 8, 5),
+        "experts cut inside": (3, 6, 10),
+        "replicas of experts": (5, 4, 6),
+        "fused": (2, 9, 7),
+        "norm": (2,),
+    }
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def awkward_groups(params: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Muon for all but the norm; one parameter is cut into blocks of different sizes, and so different scales."""
+    plain = [(name, value) for name, value in params.items() if name not in ("norm", "fused")]
+    return [
+        {"params": plain},
+        {"params": [("fused", params["fused"])], "row_blocks": (1, 8)},
+        {"params": [("norm", params["norm"])], "algorithm": "adamw"},
+    ]
+
+
+def run_awkward(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Three steps with drawn gradients."""
+    optimizer = MuonClip(awkward_groups(params), lr=0.05, nesterov=True, update_rms=0.3)
+    optimizer.track_update_rms = True
+    for step in range(3):
+        set_gradients(params.items(), step)
+        optimizer.step()
+    rms = {f"rms {name}": torch.tensor(value) for name, value in optimizer.update_rms().items()}
+    return {name: whole(value) for name, value in params.items()} | rms
+
+
+def awkward(rank: int, ranks: int, folder: Path) -> None:
+    line, grid = init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2))
+    places: dict[str, tuple[Any, list[Any]]] = {
+        "columns": (line, [Shard(1)]),
+        "everywhere": (line, [Replicate()]),
+        "replicas of shards": (grid, [Replicate(), Shard(0)]),
+        "rows and columns": (grid, [Shard(1), Shard(0)]),
+        "strided": (grid, [_StridedShard(0, split_factor=ranks // 2), Shard(0)]),
+        "experts cut inside": (line, [Shard(2)]),
+        "replicas of experts": (grid, [Replicate(), Shard(0)]),
+        "fused": (line, [Shard(1)]),
+    }
+    params: dict[str, torch.Tensor] = {}
+    for name, value in awkward_parameters().items():
+        mesh, placements = places.get(name, (line, [Shard(0)]))
+        shard = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        params[name] = torch.nn.Parameter(shard)
+    torch.save(run_awkward(params), folder / f"awkward{ranks} {rank}.pt")
 
 
 def copy_into(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -323,3 +324,26 @@ def test_compiles_with_inductor(tiny_config: Callable[..., KimiK2Config]) -> Non
         gradients.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
     # Fused float32 kernels sum in another order.
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_load_state_dict_takes_the_names_that_are_saved(
+    tiny_model: KimiK2ForCausalLM, tmp_path: Path
+) -> None:
+    """Trainer resumes with it, file by file where a checkpoint is sharded."""
+    tiny_model.save_pretrained(tmp_path, max_shard_size="60KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    model = KimiK2ForCausalLM(tiny_model.config)
+    missing: set[str] = set(model.state_dict())
+    for file in files:
+        result = model.load_state_dict(load_file(file), strict=False)
+        assert not result.unexpected_keys
+        missing &= set(result.missing_keys)
+    assert not missing
+    for name, value in tiny_model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    model.load_state_dict(tiny_model.state_dict())
+    whole = {name: value for file in files for name, value in load_file(file).items()}
+    model.load_state_dict(whole)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**whole, "model.layers.1.mlp.shared_experts.other": torch.ones(1)})

@@ -10,6 +10,7 @@ from .modeling_kimi_k2 import (
     KimiK2Model,
     KimiK2PreTrainedModel,
 )
+from .optim import MuonClip, muon_clip
 from .registration import register
 from .tokenization_kimi_k2 import KimiK2Tokenizer
 from .tokenizer_training import train_tokenizer
@@ -26,5 +27,7 @@ __all__ = [
     "KimiK2Model",
     "KimiK2PreTrainedModel",
     "KimiK2Tokenizer",
+    "MuonClip",
+    "muon_clip",
     "train_tokenizer",
 ]

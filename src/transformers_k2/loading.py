@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ _CONFIG_KWARGS |= {
     "rope_scaling",
 }
 _INDEX_NAME = "model.safetensors.index.json"
+
+
+# One tensor per expert and projection, as the hub has them; the classes hold them stacked.
+_EXPERT = re.compile(r"(.*mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class ShapeMismatchError(ValueError, RuntimeError):
@@ -225,3 +229,25 @@ def _forget_conversions(model: Any) -> None:
     """
     if getattr(model, "hf_quantizer", None) is None:
         model.__dict__.pop("_weight_conversions", None)  # a distributed training checkpoint leaves none
+
+
+@torch.no_grad()
+def stack_experts(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the hub's names, one tensor per expert and projection, under the names of the model's modules.
+
+    Experts that are not there keep the model's values: a sharded checkpoint comes file by file.
+    """
+    stacked: dict[str, torch.Tensor] = {}
+    for name, tensor in state_dict.items():
+        if (match := _EXPERT.fullmatch(name)) is None:
+            stacked[name] = tensor
+            continue
+        prefix, expert, projection = match.groups()
+        target = f"{prefix}.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
+        if target not in stacked:
+            stacked[target] = model.get_parameter(target).detach().clone()
+        place = stacked[target][int(expert)]
+        if projection != "down":
+            place = place.chunk(2)[projection == "up"]
+        place.copy_(tensor)
+    return stacked

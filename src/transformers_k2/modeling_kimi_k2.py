@@ -9,6 +9,7 @@ attention work see one class tree), and the two ends where the stock classes go 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -65,6 +66,15 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """What `AutoModel*.from_config` calls; K2.5's wrapper stands for the text configuration inside it."""
         return super()._from_config(loading.text_config(config), **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, for the names that `save_pretrained` writes too: one tensor per expert and projection.
+
+        Trainer resumes so, and without this it would leave the experts as they are, with a warning.
+        """
+        return super().load_state_dict(loading.stack_experts(self, state_dict), strict, assign)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save in the hub's layout: one tensor per expert and projection, and the hub's config.json.

@@ -128,7 +128,7 @@ def test_frozen_parameters_need_no_rule() -> None:
 
 def test_rules_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="algorithm is 'sgd'"):
-        Rule(".*", "sgd")  # type: ignore[arg-type]
+        Rule(".*", "sgd")
     with pytest.raises(ValueError, match="num_matrices is 0"):
         Rule(".*", "muon", num_matrices=0)
     vector = nn.ParameterDict({"scale": nn.Parameter(torch.ones(4))})

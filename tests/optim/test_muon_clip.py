@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,10 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
 from transformers_k2.optim import MuonClip, muon_clip
 from transformers_k2.optim import muon as arithmetic
+from transformers_k2.optim.distributed import assign_owners
+from transformers_k2.optim.groups import parameter_groups
+from transformers_k2.optim.newton_schulz import flops
+from transformers_k2.resources import find
 
 LR, MU, DECAY = 0.02, 0.95, 0.1
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -318,7 +323,7 @@ def test_the_closure_is_called_with_gradients() -> None:
     [
         ({"lr": -1.0}, "lr is -1.0: expected a number >= 0"),
         ({"momentum": 1.0}, "momentum is 1.0: expected a number >= 0 and < 1"),
-        ({"weight_decay": "0.1"}, "weight_decay is '0.1'"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
         ({"qk_clip_tau": 0}, "qk_clip_tau is 0: expected a number > 0, or None"),
         ({"ns_steps": 0}, "ns_steps is 0: expected an integer >= 1"),
         ({"ns_schedule": "newton"}, "ns_schedule is 'newton': expected one of muon, polar_express, cans"),
@@ -355,3 +360,25 @@ def test_state_of_replaced_parameters_is_refused() -> None:
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(2, 2))]
     with pytest.raises(ValueError, match="parameters were replaced after the first step"):
         optimizer.step()
+
+
+def test_the_real_size() -> None:
+    """Kimi-K2-Instruct on the meta device: 4.85e16 operations a step, of which owners share the dense part evenly."""
+    values = json.loads(find("configs", "kimi_k2_instruct").read_text())
+    with torch.device("meta"):
+        model = KimiK2ForCausalLM(KimiK2Config.from_dict(values))
+    total, dense = 0, []
+    for group in parameter_groups(model):
+        if group["algorithm"] == "muon":
+            for _, param in group["params"]:
+                shapes = arithmetic.matrix_shapes(tuple(param.shape), group["row_blocks"])
+                cost = sum(count * flops(rows, columns, 5, "standard") for count, rows, columns in shapes)
+                total += cost
+                dense += [cost] if param.ndim == 2 else []
+    # By hand: 60 x 384 experts of three 2048 x 7168 matrices cost 687 GFLOP each, and are nearly all.
+    assert total == pytest.approx(4.85e16, rel=1e-3)
+    assert total - sum(dense) == pytest.approx(60 * 384 * 3 * 687e9, rel=1e-3)
+    loads = [0] * 16
+    for cost, owner in zip(dense, assign_owners(dense, 16), strict=True):
+        loads[owner] += cost
+    assert max(loads) < 1.01 * sum(dense) / 16

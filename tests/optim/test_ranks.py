@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
-from muon_ranks import LAYOUTS, one_process, run_rank
+from muon_ranks import LAYOUTS, awkward_parameters, one_process, run_awkward, run_rank
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
 from transformers_k2.optim.distributed import assign_owners
 
@@ -88,6 +89,20 @@ def test_checkpoints_go_to_other_numbers_of_ranks(folder: Path) -> None:
             rows_scaled = key.endswith(("q_b_proj.weight", "kv_b_proj.weight"))
             close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7} if rows_scaled else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(again[key], value, **close, msg=f"{path.name} {key}")
+
+
+@pytest.mark.parametrize("ranks", NUM_RANKS)
+def test_awkward_shards(folder: Path, ranks: int) -> None:
+    """Uneven, empty, strided, columnwise and replicated shards have the bits of one process."""
+    one = run_awkward({name: nn.Parameter(value) for name, value in awkward_parameters().items()})
+    for rank in range(ranks):
+        seen = torch.load(folder / f"awkward{ranks} {rank}.pt")
+        assert seen.keys() == one.keys()
+        for name, value in one.items():
+            if name.startswith("rms"):
+                torch.testing.assert_close(seen[name], value)
+            else:
+                assert torch.equal(seen[name], value), name
 
 
 def test_owners_are_balanced() -> None:

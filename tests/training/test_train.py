@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
 import math
 import sysconfig
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import yaml
 from matplotlib import image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -18,13 +21,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from transformers_k2 import KimiK2ForCausalLM, KimiK2Tokenizer
+from transformers_k2.optim import SCHEDULES, muon_clip
+from transformers_k2.optim.muon_clip import STATE_DTYPES
 from transformers_k2.training import NonFiniteLossError, RunSummary, build_config, load_recipe, train
 from transformers_k2.training.data import held_out_blocks, split_documents, tokenize, training_blocks
-from transformers_k2.training.optimizers import OPTIMIZERS, AdamW
+from transformers_k2.training.optimizers import OPTIMIZERS, AdamW, MuonClip
 from transformers_k2.training.report import smooth
 from transformers_k2.training.sources import Source
 
 RECIPE = "debug_pretrain"
+ADAMW = "optimizer={name: adamw, lr: 3e-3, betas: [0.9, 0.95], weight_decay: 0.1, eps: 1e-8}"
 SMALL = [
     "tokenizer.vocab_size=640",
     "model.overrides={vocab_size: 640, num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48,"
@@ -208,11 +214,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     assert pieces == pytest.approx(whole, rel=1e-5)  # sums in another order
 
 
-def test_divergence_stops_the_run_and_touches_nothing(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muonclip"])
+def test_divergence_stops_the_run_and_touches_nothing(text: Path, tmp_path: Path, optimizer: str) -> None:
     output = tmp_path / "run"
     run(text, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     settings = [
+        *([ADAMW] if optimizer == "adamw" else []),
         "optimizer.lr=1e38",
         "training.max_grad_norm=null",
         "schedule.warmup=0",
@@ -225,7 +233,11 @@ def test_divergence_stops_the_run_and_touches_nothing(text: Path, tmp_path: Path
     assert "Try a lower optimizer.lr" in str(caught.value)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     bad = lines(tmp_path / ".run.partial")[-1]
-    assert any(bad[key] in ("nan", "inf") for key in ("loss", "grad_norm"))
+    if optimizer == "adamw":
+        assert any(bad[key] in ("nan", "inf") for key in ("loss", "grad_norm"))
+    else:  # the logits of the next forward pass told it first
+        assert "attention logits of heads" in str(caught.value)
+        assert bad["step"] == 1
 
 
 def test_an_earlier_run_is_replaced_only_when_asked(
@@ -301,5 +313,57 @@ def test_adamw_decays_every_parameter_once(finished: tuple[RunSummary, Path, str
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_optimizer_table_is_keyed_by_name(name: str) -> None:
-    recipe = load_recipe(RECIPE, [] if name == "adamw" else [f"optimizer.name={name}"])
+    recipe = load_recipe(RECIPE, [ADAMW] if name == "adamw" else [])
     assert isinstance(recipe.optimizer, OPTIMIZERS[name])
+
+
+def test_muonclip_takes_what_a_recipe_sets() -> None:
+    recipe = load_recipe(RECIPE)
+    settings = yaml.safe_load(recipe.to_yaml())["optimizer"]
+    del settings["name"]
+    _, options = recipe.optimizer.cls_and_kwargs()
+    assert options == settings | {"betas": tuple(settings["betas"])}
+    assert muon_clip(**options)[1] == options
+    hints = get_type_hints(MuonClip)
+    assert get_args(hints["ns_schedule"]) == tuple(SCHEDULES)
+    assert set(get_args(hints["state_dtype"])) == set(STATE_DTYPES)
+
+
+def test_a_run_with_muonclip_shows_its_clips(text: Path, tmp_path: Path) -> None:
+    summary, printed = run(
+        text, tmp_path / "run", "optimizer.qk_clip_tau=0.5", "training.steps=3", "training.eval_every=3"
+    )
+    outcome = summary.qk_clip
+    assert outcome is not None
+    steps = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "qk_clip.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    logits = [[logit for item in step["attention"].values() for logit in item["max_logit"]] for step in steps]
+    assert outcome.peak_logit == max(map(max, logits)) > 0.5 == outcome.tau
+    assert outcome.num_heads == 4
+    assert outcome.heads_clipped == sum(max(head) > 0.5 for head in zip(*logits, strict=True)) > 0
+    assert image.imread(tmp_path / "run" / "qk_clip.png").shape[1] >= 800
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert saved["qk_clip"] == dataclasses.asdict(outcome)
+    assert "QK-Clip" in printed
+    wide = Console(width=600, record=True, file=io.StringIO())
+    wide.print(summary)
+    shown = wide.export_text()
+    for part in (
+        str(outcome),
+        str(tmp_path / "run" / "qk_clip.png"),
+        str(tmp_path / "run" / "qk_clip.jsonl"),
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize("settings", [[ADAMW], ["optimizer.qk_clip_tau=null"]])
+def test_a_run_that_does_not_clip_says_nothing_of_it(text: Path, tmp_path: Path, settings: list[str]) -> None:
+    summary, printed = run(text, tmp_path / "run", *settings)
+    assert summary.qk_clip is None
+    assert not list((tmp_path / "run").glob("qk_clip*"))
+    assert "qk_clip" not in json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert "qk_clip" not in printed
+    assert "QK-Clip" not in printed

@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from .qk_clip import Attention, public_name
 
-Algorithm = Literal["muon", "adamw"]
 ALGORITHMS = ("muon", "adamw")
 
 
@@ -32,7 +31,7 @@ class Rule:
     """
 
     pattern: str
-    algorithm: Algorithm
+    algorithm: str
     num_matrices: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -34,7 +34,9 @@ from transformers import (
 
 from ..files import write_text
 from .baselines import unigram_and_bigram_loss
-from .callbacks import Metrics, ProgressBar
+from .callbacks import Metrics, NonFiniteLossError, ProgressBar
+from .muon_clip_monitor import MuonClipMonitor
+from .optimizers import MuonClip
 from .output import KEPT, MARKER, check_output, staged
 from .prepare import Data, build_config, build_model, build_trainer, load_tokenizer, prepare_data
 from .recipe import Recipe, load_recipe
@@ -68,13 +70,21 @@ def train(name: str | Path, overrides: Iterable[str] = (), console: Console | No
             data = prepare_data(recipe, source, tokenizer, progress)
             model = build_model(recipe, config, data.tokenizer)
             metrics = Metrics(folder / KEPT, recipe.tokens_per_step)
-            trainer = build_trainer(recipe, model, data, folder, [metrics, ProgressBar(progress, metrics)])
-            trainer.train()
+            monitor = _monitor(recipe, folder)
+            callbacks = [*filter(None, [monitor]), metrics, ProgressBar(progress, metrics)]
+            trainer = build_trainer(recipe, model, data, folder, callbacks)
+            try:
+                trainer.train()
+            except FloatingPointError as error:  # MuonClip looks at logits before there is a loss to look at
+                raise NonFiniteLossError(
+                    f"Training stopped at step {trainer.state.global_step + 1}: {error} Try a lower optimizer.lr or a "
+                    f"longer schedule.warmup; the metrics are in {metrics.path}."
+                ) from None
         _save(recipe, model, data.tokenizer, folder)
         with console.status("The reloaded model writes"):
             sample = reload_and_generate(recipe, model, data, folder)
         seconds = time.perf_counter() - started
-        summary = _summarise(recipe, Path(name).stem, data, model, metrics, sample, seconds)
+        summary = _summarise(recipe, Path(name).stem, data, model, metrics, monitor, sample, seconds)
         counted = {"bigram table": summary.bigram_loss, "token frequencies": summary.unigram_loss}
         title = f"{summary.model} on {summary.source}: {summary.training_seconds:.0f} s of training"
         plot_losses(
@@ -121,6 +131,14 @@ def _check_machine() -> None:
         raise ValueError(f"WORLD_SIZE is {size}: k2 train runs in one process; start it without torchrun.")
 
 
+def _monitor(recipe: Recipe, folder: Path) -> MuonClipMonitor | None:
+    """For optimizers that clip."""
+    optimizer = recipe.optimizer
+    if not isinstance(optimizer, MuonClip) or optimizer.qk_clip_tau is None:
+        return None
+    return MuonClipMonitor(folder, title=f"MuonClip on {recipe.model.config}, tau {optimizer.qk_clip_tau:g}")
+
+
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
     """torch's number of CPU threads inside the block; None leaves it alone."""
@@ -157,6 +175,7 @@ def _summarise(
     data: Data,
     model: PreTrainedModel,
     metrics: Metrics,
+    monitor: MuonClipMonitor | None,
     sample: str,
     total_seconds: float,
 ) -> RunSummary:
@@ -194,4 +213,5 @@ def _summarise(
         bigram_loss=bigram,
         prompt=recipe.generation.prompt,
         sample=sample,
+        qk_clip=monitor.outcome() if monitor else None,
     )

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from torch import nn
 
-from .schema import above, at_least, between
+from ..optim import muon_clip
+from .schema import Rule, above, at_least
 
 Rate = Annotated[float, above(0)]
-Beta = Annotated[float, between(0, 1)]
+# Of an average that keeps this share of itself: 1 would never move.
+Share = Annotated[float, Rule("from 0 to 1, 1 excluded", lambda value: 0 <= value < 1)]
 
 
 class OptimizerOptions(Protocol):
@@ -43,7 +45,7 @@ class AdamW:
 
     name: Literal["adamw"]
     lr: Rate
-    betas: tuple[Beta, Beta]
+    betas: tuple[Share, Share]
     weight_decay: Annotated[float, at_least(0)]
     eps: Annotated[float, above(0)]
 
@@ -54,10 +56,39 @@ class AdamW:
         return lambda: adamw, options
 
 
+@dataclass(frozen=True)
+class MuonClip:
+    """The options of `transformers_k2.MuonClip` that runs differ in; its docstring explains them.
+
+    Left out: what the device decides (the dtype and form of Newton-Schulz), and float32 masters, because a recipe's
+    weights are float32.
+    """
+
+    name: Literal["muonclip"]
+    lr: Rate
+    momentum: Share
+    nesterov: bool
+    weight_decay: Annotated[float, at_least(0)]
+    qk_clip_tau: Annotated[float, above(0)] | None
+    ns_steps: Annotated[int, at_least(1)]
+    ns_schedule: Literal["muon", "polar_express", "cans"]
+    per_head: bool
+    update_rms: Annotated[float, above(0)]
+    betas: tuple[Share, Share]
+    eps: Annotated[float, above(0)]
+    state_dtype: Literal["float32", "bfloat16"]
+
+    def cls_and_kwargs(self) -> tuple[Any, dict[str, Any]]:
+        """A factory of `MuonClip` for a whole model, and its options."""
+        options = asdict(self)
+        del options["name"]
+        return muon_clip(**options)
+
+
 def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
     """AdamW over every trainable parameter; fused, because a call per tensor costs more than its arithmetic."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **options)
 
 
 # A recipe's `optimizer.name` -> its options. A new optimizer is one dataclass and one row.
-OPTIMIZERS: Mapping[str, type] = {"adamw": AdamW}
+OPTIMIZERS: Mapping[str, type] = {"adamw": AdamW, "muonclip": MuonClip}

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import write_text
+from .muon_clip_monitor import LINES, PICTURE, ClipOutcome
 
 FILES = {
     "config.json": "the model, in the hub's layout, with model.safetensors and the tokenizer's files",
@@ -24,6 +25,10 @@ FILES = {
     "loss.png": "training and held-out loss against the counted baselines",
     "metrics.jsonl": "loss, gradient norm and learning rate of every step",
     "summary.json": "the numbers above",
+}
+QK_CLIP_FILES = {
+    PICTURE: "largest logit of every head against tau, clips, and the size of the updates",
+    LINES: "the same of every step: largest logits, factors and clips per head",
 }
 
 
@@ -55,6 +60,7 @@ class RunSummary:
     bigram_loss: float
     prompt: str
     sample: str
+    qk_clip: ClipOutcome | None = None  # of runs whose optimizer clips
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,8 +79,11 @@ class RunSummary:
 
     def save(self, path: Path) -> None:
         """Write all numbers as JSON."""
+        numbers = asdict(self)
+        if self.qk_clip is None:
+            del numbers["qk_clip"]
         derived = {"tokens_per_second": self.tokens_per_second, "perplexity": self.perplexity}
-        write_text(path, json.dumps({**asdict(self), **derived}, indent=2) + "\n")
+        write_text(path, json.dumps({**numbers, **derived}, indent=2) + "\n")
 
     def loading_code(self) -> str:
         """Python lines that load the result and let it write."""
@@ -106,12 +115,13 @@ class RunSummary:
             f"bits per byte), on {self.evaluated_tokens:,} tokens",
             "Counting instead": f"{self.bigram_loss:.3f} with a table of token pairs (bigram), {self.unigram_loss:.3f} "
             "with token frequencies, both counted on the tokens that were trained on",
+            **({"QK-Clip": str(self.qk_clip)} if self.qk_clip else {}),
             "Reloaded": "with AutoModelForCausalLM and AutoTokenizer: the logits are the same to the bit",
         }
         for name, text in rows.items():
             table.add_row(name, Text(text))
         files = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, text in FILES.items():
+        for name, text in {**FILES, **(QK_CLIP_FILES if self.qk_clip else {})}.items():
             files.add_row(Text(str(Path(self.output_dir) / name), style="cyan", overflow="fold"), Text(text))
         return Group(
             Panel(table, title=f"[bold]{escape(self.recipe)}[/bold]", title_align="left"),
