@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from transformers_k2 import KimiK2ForCausalLM
 from transformers_k2.optim.observe import LogitObserver, record, recording
 
 HEADS, INF = 4, math.inf
@@ -397,3 +398,24 @@ def test_our_calls_of_the_gpu_kernels_fit_their_schemas(monkeypatch: pytest.Monk
             assert output.shape[-1] == 7
         assert lse is not None
         assert lse.shape == (2, HEADS, 21)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_two_observers_of_one_module(tiny_config: Any, attention: str) -> None:
+    model = KimiK2ForCausalLM(tiny_config(num_hidden_layers=1)).train()
+    model.set_attn_implementation(attention)
+    module = model.model.layers[0].self_attn
+    observers = [LogitObserver(1e-6), LogitObserver(1e-6), LogitObserver(1e6)]
+    for observer in observers:
+        observer.watch("attention", module, 4)
+    model(torch.randint(3, 331, (2, 9)))
+    first, second, third = (observer.packed("cpu") for observer in observers)
+    assert first[0].isfinite().all()
+    assert torch.equal(first, second)
+    assert (third.amax(0) >= first[0]).all()
+    observers[2].close()
+    observers[0].close()
+    observers[1].reset()
+    model(torch.randint(3, 331, (2, 9)))
+    assert torch.equal(observers[0].packed("cpu"), first)
+    assert observers[1].packed("cpu")[0].isfinite().all()

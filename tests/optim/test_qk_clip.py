@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -251,3 +252,19 @@ def test_normalised_queries_are_refused() -> None:
     with pytest.raises(ValueError, match=r"k_norm, q_norm.*set qk_clip_tau=None"):
         MuonClip.for_model(model, 1e-3)
     MuonClip.for_model(model, 1e-3, qk_clip_tau=None)
+
+
+def test_an_optimizers_hooks_go_with_it(tiny_config: Any) -> None:
+    model = k2()(tiny_config).train()
+    module = model.model.layers[0].self_attn
+    first = MuonClip.for_model(model, lr=0.0)
+    second = MuonClip.for_model(model, lr=0.0)
+    stats = forward_and_step(model, second, torch.randint(3, 50, (2, 9)))
+    first.step()
+    assert torch.equal(next(iter(first.qk_clip_stats().values()))["max_logit"], stats["max_logit"])
+    assert len(module._forward_hooks) == 2
+    del first
+    gc.collect()
+    assert len(module._forward_hooks) == 1
+    second.close()
+    assert not module._forward_hooks

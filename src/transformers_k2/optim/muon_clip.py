@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -122,6 +123,7 @@ class MuonClip(torch.optim.Optimizer):
         self._observer = LogitObserver(qk_clip_tau or math.inf)
         for name, item in self._attention.items():
             self._observer.watch(name, item.module, item.rows.num_heads)
+        weakref.finalize(self, self._observer.close)  # a model may have several optimizers in its life
 
     @classmethod
     def for_model(
@@ -262,7 +264,7 @@ class MuonClip(torch.optim.Optimizer):
                     self.state[param][name] = value.to(device=param.device)
 
     def close(self) -> None:
-        """Take the hooks off the attention modules; for models that live longer than the optimizer."""
+        """Take the hooks off the attention modules, as the end of the optimizer's life does."""
         self._observer.close()
 
     # -- the step's parts

@@ -60,7 +60,8 @@ class LogitObserver:
         self.num_heads.append(num_heads)
         self._watches.append(watch)
         self._handles.append(module.register_forward_pre_hook(watch.enter))
-        self._handles.append(module.register_forward_hook(watch.leave, always_call=True))
+        # In front of earlier ones: who entered last leaves first.
+        self._handles.append(module.register_forward_hook(watch.leave, prepend=True, always_call=True))
 
     def packed(self, device: torch.device | str) -> Float[Tensor, "3 total_heads"]:
         """Rows exact, upper, lower of max_logits(), for the heads of all modules in the order of watching; float32.
@@ -108,9 +109,19 @@ def record(
     mask: Tensor | MaskMod | None = None,
 ) -> None:
     """Tell the innermost watched module about its attention; does nothing when there is none. See max_logits()."""
-    if not _local.stack:
-        return
-    watch = _local.stack[-1].watch
+    for watch in _watching():
+        _record(watch, query, key, lse, scaling, is_causal, mask)
+
+
+def _record(
+    watch: _Watch,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    mask: Tensor | MaskMod | None,
+) -> None:
     one_row = query.shape[1] * query.shape[2] == watch.num_heads and query.shape[1] == key.shape[1]
     if one_row and query.shape[1] != watch.num_heads:
         # transformers turns the groups of one query row into rows, because all of them see the same keys.
@@ -126,6 +137,12 @@ def record(
     watch.add(max_logits(query, key, lse, scaling=scaling, tau=watch.tau, is_causal=is_causal, mask=mask))
 
 
+def _watching() -> list[_Watch]:
+    """Who watches the module that is being executed: more than one if it has had several optimizers."""
+    stack = _local.stack
+    return [frame.watch for frame in stack if frame.module is stack[-1].module]
+
+
 class _Watch:
     """The hooks of one module, and what they saw."""
 
@@ -139,12 +156,13 @@ class _Watch:
 
     def add(self, maxima: Float[Tensor, "3 heads"]) -> None:
         self.seen = maxima if self.seen is None else torch.maximum(self.seen.to(maxima.device), maxima)
-        _local.stack[-1].recorded = True
+        for frame in _local.stack:
+            frame.recorded = frame.recorded or frame.watch is self
 
     @torch.compiler.disable()
     def enter(self, module: nn.Module, args: Any) -> None:
         if self.active and (module.training or torch.is_grad_enabled()):
-            frame = _Frame(self)
+            frame = _Frame(self, module)
             _local.stack.append(frame)
             frame.__enter__()
 
@@ -165,9 +183,9 @@ class _Watch:
 class _Frame(TorchFunctionMode):
     """One forward of a watched module. PyTorch switches a mode off while it answers a call."""
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, watch: _Watch, module: nn.Module) -> None:
         super().__init__()
-        self.watch = watch
+        self.watch, self.module = watch, module
         self.recorded = False
 
     def __torch_function__(
@@ -184,8 +202,9 @@ class _Frame(TorchFunctionMode):
                 return _attend(*args, **kwargs)
             if func in _SOFTMAX:
                 logits = args[0] if args else kwargs["input"]
-                if logits.dim() == 4 and logits.shape[1] == self.watch.num_heads:
-                    self.watch.add(max_of_logits(logits))
+                for watch in _watching():
+                    if logits.dim() == 4 and logits.shape[1] == watch.num_heads:
+                        watch.add(max_of_logits(logits))
         return func(*args, **kwargs)
 
 
