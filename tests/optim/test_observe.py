@@ -290,8 +290,10 @@ def test_an_interrupt_is_forgotten_with_reset() -> None:
     module, observer = observed(interrupt)
     with pytest.raises(KeyboardInterrupt):
         module(tokens())
+    assert torch.overrides._get_current_function_mode() is not None
     observer.reset()
     assert not recording()
+    assert torch.overrides._get_current_function_mode() is None
     fused(*(torch.randn(1, 2, 3, 4) for _ in "qkv"))  # outside of any module, with another number of heads
     module.attend = fused
     x = tokens()

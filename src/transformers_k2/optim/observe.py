@@ -84,7 +84,8 @@ class LogitObserver:
         for watch in self._watches:
             watch.seen = None
         # A forward that Ctrl-C interrupted has left no hook the time to tidy up.
-        _local.stack = [frame for frame in _local.stack if frame.watch not in self._watches]
+        while _local.stack and _local.stack[-1].watch in self._watches:
+            _local.stack.pop().__exit__(None, None, None)
 
     def close(self) -> None:
         """Stop watching. What was seen stays readable."""
@@ -135,6 +136,13 @@ def _record(
             "a tensor-parallel shard cannot be watched"
         )
     watch.add(max_logits(query, key, lse, scaling=scaling, tau=watch.tau, is_causal=is_causal, mask=mask))
+
+
+@torch.compiler.disable()
+def _record_logits(logits: Tensor) -> None:
+    for watch in _watching():
+        if logits.dim() == 4 and logits.shape[1] == watch.num_heads:
+            watch.add(max_of_logits(logits))
 
 
 def _watching() -> list[_Watch]:
@@ -201,10 +209,7 @@ class _Frame(TorchFunctionMode):
             if func is _SDPA:
                 return _attend(*args, **kwargs)
             if func in _SOFTMAX:
-                logits = args[0] if args else kwargs["input"]
-                for watch in _watching():
-                    if logits.dim() == 4 and logits.shape[1] == watch.num_heads:
-                        watch.add(max_of_logits(logits))
+                _record_logits(args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
 
 
