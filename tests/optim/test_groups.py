@@ -71,6 +71,13 @@ def test_gate_and_up_are_two_matrices(tiny_config: Callable[..., KimiK2Config]) 
     assert blocks["model.layers.1.self_attn.q_b_proj.weight"] is None
 
 
+def test_what_an_optimizer_says_of_itself(tiny_config: Callable[..., KimiK2Config]) -> None:
+    said = repr(MuonClip.for_model(KimiK2ForCausalLM(tiny_config()), 2e-4))
+    assert said.startswith("MuonClip (QK-Clip: 3 attention modules at tau 100.0)\n")
+    assert "muon  lr 0.0002: 2 parameters, 69,120 numbers, rows cut into (40,)" in said
+    assert len(said.splitlines()) == 8
+
+
 def test_heads_are_matrices_when_asked(tiny_config: Callable[..., KimiK2Config]) -> None:
     model = KimiK2ForCausalLM(tiny_config())
     groups = parameter_groups(model, attention=find_attention(model), per_head=True)

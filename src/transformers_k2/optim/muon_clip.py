@@ -263,6 +263,23 @@ class MuonClip(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and name != "step":
                     self.state[param][name] = value.to(device=param.device)
 
+    def __repr__(self) -> str:
+        """One line a group; `param_groups` has every option."""
+        clipped = (
+            f"{len(self._attention)} attention modules at tau {self.qk_clip_tau}"
+            if self._attention
+            else "nothing"
+        )
+        lines = [f"MuonClip (QK-Clip: {clipped})"]
+        for group in self.param_groups:
+            size = sum(param.numel() for param in group["params"])
+            cut = f", rows cut into {group['row_blocks']}" if group["row_blocks"] else ""
+            lines.append(
+                f"  {group['algorithm']:5} lr {float(group['lr']):g}: {len(group['params'])} parameters, {size:,} numbers"
+                f"{cut}  {group['rule']}".rstrip()
+            )
+        return "\n".join(lines)
+
     def close(self) -> None:
         """Take the hooks off the attention modules, as the end of the optimizer's life does."""
         self._observer.close()
@@ -452,7 +469,7 @@ def _check_parameter(name: str, param: Tensor, group: Group) -> None:
         hint = " FSDP1 flattens parameters: use FSDP2." if param.ndim == 1 else ""
         raise ValueError(
             f"{name} {shape} is in a muon group: expected a matrix or a stack of matrices; put it into a group with "
-            f"algorithm 'adamw'.{hint}"
+            f"algorithm 'adamw', or let MuonClip.for_model make the groups.{hint}"
         )
     blocks = group["row_blocks"]
     if blocks is not None and (min(blocks, default=0) < 1 or shape[-2] % sum(blocks)):
