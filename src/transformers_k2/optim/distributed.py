@@ -30,7 +30,7 @@ Index = tuple[slice | Tensor, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank holds of a tensor: an index into the whole, and its shape. Replicas have the same `copy`-less index."""
+    """What a rank holds of a tensor: an index into the whole, and its shape."""
 
     index: Index
     shape: tuple[int, ...]

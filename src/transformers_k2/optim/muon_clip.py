@@ -24,15 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import Shared, is_whole, layout_of, local, mesh_group, step_shared
-from .groups import ALGORITHMS, DEFAULT_RULES, Rule, parameter_groups
+from .groups import DEFAULT_RULES, Rule, parameter_groups
 from .muon import Group, Task, step_adamw, step_local
-from .newton_schulz import SCHEDULES
 from .observe import LogitObserver
+from .options import check_options, check_parameter, is_number
 from .qk_clip import Attention, HeadRows, clip_factors, find_attention, row_factors, scale_rows
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-ITERATIONS = ("auto", "standard", "gram")
-STATE_DTYPES = ("bfloat16", "float32")
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -107,7 +103,7 @@ class MuonClip(torch.optim.Optimizer):
             "state_dtype": state_dtype,
             "master_weights": master_weights,
         }
-        if qk_clip_tau is not None and not (_number(qk_clip_tau) and 0 < qk_clip_tau < math.inf):
+        if qk_clip_tau is not None and not (is_number(qk_clip_tau) and 0 < qk_clip_tau < math.inf):
             raise ValueError(
                 f"qk_clip_tau is {qk_clip_tau!r}: expected a number > 0, or None for no clipping."
             )
@@ -185,7 +181,7 @@ class MuonClip(torch.optim.Optimizer):
         try:
             check_options(group)
             for name, param in zip(_names(group), group["params"], strict=True):
-                _check_parameter(name, param, group)
+                check_parameter(name, param, group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -287,7 +283,7 @@ class MuonClip(torch.optim.Optimizer):
     # -- the step's parts
 
     def _task(self, name: str, param: Tensor, group: Group) -> Task:
-        _check_parameter(name, param, group)
+        check_parameter(name, param, group)
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param, dtype=_state_dtype(param, group))
@@ -422,62 +418,6 @@ class MuonClip(torch.optim.Optimizer):
             )
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Whether a group's options make sense.
-
-    Raises:
-        ValueError: the first that does not, with its value and the choices.
-    """
-    choices = {
-        "algorithm": ALGORITHMS,
-        "ns_schedule": tuple(SCHEDULES),
-        "ns_dtype": DTYPES,
-        "ns_iteration": ITERATIONS,
-        "state_dtype": STATE_DTYPES,
-        "nesterov": (True, False),
-        "master_weights": (True, False),
-    }
-    for key, allowed in choices.items():
-        if group[key] not in allowed:
-            raise ValueError(f"{key} is {group[key]!r}: expected one of {', '.join(map(str, allowed))}.")
-    ranges: dict[str, tuple[float, float]] = {
-        "lr": (0, math.inf),
-        "weight_decay": (0, math.inf),
-        "momentum": (0, 1),
-        "ns_eps": (0, 1),
-        "update_rms": (0, math.inf),
-        "eps": (0, math.inf),
-    }
-    for key, (low, high) in ranges.items():
-        value = float(group[key]) if isinstance(group[key], Tensor) else group[key]
-        if not _number(value) or not low <= value < high:
-            raise ValueError(f"{key} is {group[key]!r}: expected a number >= {low:g} and < {high:g}.")
-    if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool) or group["ns_steps"] < 1:
-        raise ValueError(f"ns_steps is {group['ns_steps']!r}: expected an integer >= 1.")
-    betas = group["betas"]
-    if len(betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas!r}: expected two numbers >= 0 and < 1.")
-
-
-def _check_parameter(name: str, param: Tensor, group: Group) -> None:
-    shape = list(param.shape)
-    if not param.is_floating_point():
-        raise ValueError(f"{name} {shape} is {param.dtype}: expected floating point.")
-    if group["algorithm"] == "adamw":
-        return
-    if param.ndim not in (2, 3):
-        hint = " FSDP1 flattens parameters: use FSDP2." if param.ndim == 1 else ""
-        raise ValueError(
-            f"{name} {shape} is in a muon group: expected a matrix or a stack of matrices; put it into a group with "
-            f"algorithm 'adamw', or let MuonClip.for_model make the groups.{hint}"
-        )
-    blocks = group["row_blocks"]
-    if blocks is not None and (min(blocks, default=0) < 1 or shape[-2] % sum(blocks)):
-        raise ValueError(
-            f"{name} {shape}: row_blocks {blocks} must be sizes >= 1 whose sum divides the {shape[-2]} rows."
-        )
-
-
 def _clippable(found: Mapping[str, Attention]) -> dict[str, Attention]:
     """The modules whose query and key projections are trained as they are.
 
@@ -512,10 +452,6 @@ def _names(group: Group) -> list[str]:
 
 def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else getattr(torch, group["state_dtype"])
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def muon_clip(**options: Any) -> tuple[Any, dict[str, Any]]:
