@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from transformers_k2 import KimiK2ForCausalLM, KimiK2Tokenizer
 from transformers_k2.optim import SCHEDULES, muon_clip
-from transformers_k2.optim.muon_clip import STATE_DTYPES
+from transformers_k2.optim.options import STATE_DTYPES
 from transformers_k2.training import NonFiniteLossError, RunSummary, build_config, load_recipe, train
 from transformers_k2.training.data import held_out_blocks, split_documents, tokenize, training_blocks
 from transformers_k2.training.optimizers import OPTIMIZERS, AdamW, MuonClip
