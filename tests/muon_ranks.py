@@ -136,6 +136,7 @@ def awkward_parameters() -> dict[str, torch.Tensor]:
         "rows and columns": (10, 9),
         "strided": (13, 6),
         "experts": (6, 8, 5),
+        "fused experts": (3, 18, 5),
         "experts cut inside": (3, 6, 10),
         "replicas of experts": (5, 4, 6),
         "fused": (2, 9, 7),
@@ -147,10 +148,11 @@ def awkward_parameters() -> dict[str, torch.Tensor]:
 
 def awkward_groups(params: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Muon for all but the norm; one parameter is cut into blocks of different sizes, and so different scales."""
-    plain = [(name, value) for name, value in params.items() if name not in ("norm", "fused")]
+    special = ("norm", "fused", "fused experts")
+    plain = [(name, value) for name, value in params.items() if name not in special]
     return [
         {"params": plain},
-        {"params": [("fused", params["fused"])], "row_blocks": (1, 8)},
+        {"params": [(name, params[name]) for name in ("fused", "fused experts")], "row_blocks": (1, 8)},
         {"params": [("norm", params["norm"])], "algorithm": "adamw"},
     ]
 

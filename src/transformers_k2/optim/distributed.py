@@ -10,7 +10,7 @@ matrix is not computed by several ranks together, so a model of few large matric
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -74,7 +74,9 @@ def layout_of(tensor: Tensor, replicas: ProcessGroup | None) -> Layout:
         ValueError: a placement other than Shard and Replicate.
     """
     if isinstance(tensor, DTensor):
-        return _mesh_layout(tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape))
+        group = mesh_group(tensor.device_mesh)
+        pieces = _mesh_pieces(tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape))
+        return Layout(group, tuple(pieces[rank] for rank in dist.get_process_group_ranks(group)))
     assert replicas is not None
     shape = tuple(tensor.shape)
     whole = tuple(slice(0, size) for size in shape)
@@ -91,8 +93,10 @@ def mesh_group(mesh: DeviceMesh) -> ProcessGroup:
 
 
 @lru_cache(maxsize=4096)
-def _mesh_layout(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...]) -> Layout:
-    group = mesh_group(mesh)
+def _mesh_pieces(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...]
+) -> dict[int, Piece]:
+    """What every rank of a mesh holds. No process group is kept: meshes that are equal may have different ones."""
     dimensions = [_dimension(placement, len(shape)) for placement in placements]
     pieces: dict[int, Piece] = {}
     for place in itertools.product(*(range(size) for size in mesh.mesh.shape)):
@@ -105,7 +109,7 @@ def _mesh_layout(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tup
         replica = tuple(place[step] for step, dimension in enumerate(dimensions) if dimension is None)
         piece = Piece(tuple(map(_as_slice, indices)), tuple(len(index) for index in indices), replica)
         pieces[int(mesh.mesh[place])] = piece
-    return Layout(group, tuple(pieces[rank] for rank in dist.get_process_group_ranks(group)))
+    return pieces
 
 
 def _shard(placement: Any, index: Tensor, dimension: int, ndim: int, num_chunks: int, chunk: int) -> Tensor:
@@ -282,7 +286,7 @@ def rounds(items: Iterable[Shared], limit: int = CHUNK) -> list[Round]:
     return result
 
 
-def step_shared(items: Sequence[Shared], meanwhile: Any, limit: int = CHUNK) -> int:
+def step_shared(items: Sequence[Shared], meanwhile: Callable[[], None], limit: int = CHUNK) -> int:
     """Step all shared tasks; `meanwhile()` runs while the first pieces travel. Returns the bytes this rank sent."""
     pending = rounds(items, limit)
     if pending:

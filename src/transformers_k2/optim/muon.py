@@ -8,7 +8,7 @@ torch.optim.Muon, so that float32 matrices get its result bit by bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,11 +173,14 @@ def _chunks(tasks: Sequence[Task]) -> Iterable[list[Task]]:
 
 
 def step_adamw(
-    group: Group, weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], local: Callable
+    group: Group,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
 ) -> None:
     """torch's AdamW on local tensors. Where dtypes differ, arithmetic is float32 and the results are rounded into place."""
-    averages = [local(state["exp_avg"]) for state in states]
-    squares = [local(state["exp_avg_sq"]) for state in states]
     kept = [weights, averages, squares]
     dtypes = {tensor.dtype for tensors in (*kept, grads) for tensor in tensors}
     same = len(dtypes) == 1
@@ -188,7 +191,7 @@ def step_adamw(
         work[1],
         work[2],
         [],
-        [state["step"] for state in states],
+        steps,
         fused=True,
         amsgrad=False,
         beta1=group["betas"][0],

@@ -169,7 +169,7 @@ class MuonClip(torch.optim.Optimizer):
             ns_steps,
             ns_dtype=ns_dtype,
             ns_iteration=ns_iteration,
-            attention=_clippable(found),
+            attention=_clippable(found) if qk_clip_tau is not None else None,
             process_group=process_group,
             **options,
         )
@@ -288,13 +288,9 @@ class MuonClip(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param, dtype=_state_dtype(param, group))
         weight, copy = self._weight(param, group)
-        grad = param.grad
-        assert grad is not None
-        if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-            grad = grad.redistribute(param.device_mesh, param.placements)
         task = Task(
             weight=local(weight),
-            grad=local(grad),
+            grad=_gradient(param),
             momentum=local(state["momentum_buffer"]),
             group=group,
             shape=tuple(param.shape),
@@ -329,12 +325,14 @@ class MuonClip(torch.optim.Optimizer):
         if not kept:
             return
         pairs = [self._weight(param, group) for param in kept]
+        states = [self.state[param] for param in kept]
         step_adamw(
             group,
             [local(weight) for weight, _ in pairs],
-            [local(param.grad) for param in kept if param.grad is not None],
-            [self.state[param] for param in kept],
-            local,
+            [_gradient(param) for param in kept],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            [state["step"] for state in states],
         )
         for weight, copy in pairs:
             if copy is not None:
@@ -441,6 +439,15 @@ def _projections(item: Attention) -> list[nn.Module]:
 def _is_trained(projection: nn.Module) -> bool:
     weight = dict(projection.named_parameters(recurse=False)).get("weight")
     return weight is not None and weight.requires_grad
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """This rank's part of a gradient, placed as the parameter is."""
+    grad = param.grad
+    assert grad is not None
+    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
 
 
 def _names(group: Group) -> list[str]:
