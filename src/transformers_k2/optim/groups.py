@@ -58,9 +58,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         r"(.*\.)?(embed_tokens|lm_head|score|classifier)(\.(base_layer|modules_to_save\.[^.]+))?\.weight",
         "adamw",
     ),
-    Rule(
-        r"(?!.*\.lora_)(.*\.)?[^.]*bias", "adamw"
-    ),  # biases, and the router's correction bias if it is trained
+    # Biases, and the router's correction bias if it is trained.
+    Rule(r"(?!.*\.lora_)(.*\.)?[^.]*bias", "adamw"),
     Rule(r".*\.lora_[^.]+(\..*)?", "adamw"),
 )
 
