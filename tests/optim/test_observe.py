@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transformers_k2 import KimiK2ForCausalLM
 from transformers_k2.optim.observe import LogitObserver, record, recording
+from transformers_k2.optim.sdpa import on_cuda
 
 HEADS, INF = 4, math.inf
 
@@ -379,8 +380,6 @@ def test_under_torch_compile(attend: Callable[..., Tensor]) -> None:
 
 def test_our_calls_of_the_gpu_kernels_fit_their_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU here: the calls are made with meta tensors, and what they bind to is read back."""
-    from transformers_k2.optim import observe
-
     q, k, v = (torch.empty(2, HEADS, 21, d, device="meta") for d in (12, 12, 7))
     mask = torch.ones(2, 1, 21, 21, dtype=torch.bool, device="meta")
     for backend, given in (
@@ -391,15 +390,14 @@ def test_our_calls_of_the_gpu_kernels_fit_their_schemas(monkeypatch: pytest.Monk
     ):
         monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, backend=backend, **__: backend.value)
         if backend == SDPBackend.FLASH_ATTENTION:
-            output, lse = observe._on_cuda(
-                q, k, torch.empty(2, HEADS, 21, 12, device="meta"), None, 0.0, True, 0.3, False
-            )
-            assert output.shape[-1] == 12
+            answer = on_cuda(q, k, torch.empty(2, HEADS, 21, 12, device="meta"), None, 0.0, True, 0.3, False)
+            assert answer is not None
+            assert answer[0].shape[-1] == 12
         else:
-            output, lse = observe._on_cuda(q, k, v, given, 0.0, given is None, 0.3, False)
-            assert output.shape[-1] == 7
-        assert lse is not None
-        assert lse.shape == (2, HEADS, 21)
+            answer = on_cuda(q, k, v, given, 0.0, given is None, 0.3, False)
+            assert answer is not None
+            assert answer[0].shape[-1] == 7
+        assert answer[1].shape == (2, HEADS, 21)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

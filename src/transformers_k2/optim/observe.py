@@ -2,11 +2,8 @@
 
 A watched module needs no change and no attention function of its own: while its forward runs, a call of
 F.scaled_dot_product_attention is answered by the kernel that would have run anyway, asked for its log-sum-exp too
-(max_logits.py makes the maximum of it), and a softmax over four dimensions shows the logits themselves, which is how
-eager attention works. Attention functions that go neither way call `record`.
-
-On the CPU the fused kernel wants equal head dims, so multi-head latent attention (values narrower than keys) falls back
-to the slow composed form in plain PyTorch; here the narrower side is padded with zeros, which is exact and faster.
+(sdpa.py; max_logits.py makes the maximum of it), and a softmax over four dimensions shows the logits themselves, which
+is how eager attention works. Attention functions that go neither way call `record`.
 
 Given up: attention that computes its softmax out of sight (the flash-attn packages) is an error, and so are shards of a
 tensor-parallel module, which hold fewer heads.
@@ -23,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from .max_logits import MaskMod, max_logits, max_of_logits
+from .sdpa import SDPA, attend_with_lse, autocast
 
-_SDPA = F.scaled_dot_product_attention
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
@@ -206,7 +202,7 @@ class _Frame(TorchFunctionMode):
         kwargs = kwargs or {}
         # A frame that is not the innermost only passes calls on.
         if _local.stack and _local.stack[-1] is self:
-            if func is _SDPA:
+            if func is SDPA:
                 return _attend(*args, **kwargs)
             if func in _SOFTMAX:
                 _record_logits(args[0] if args else kwargs["input"])
@@ -236,110 +232,9 @@ def _attend(
 ) -> Tensor:
     """F.scaled_dot_product_attention, recorded."""
     if query.dim() != 4:
-        return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+        return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     scaling = query.shape[-1] ** -0.5 if scale is None else scale
-    kernel = _on_cpu if query.device.type == "cpu" else _on_cuda
-    output, lse = kernel(query, key, value, attn_mask, dropout_p, is_causal, scaling, enable_gqa)
+    output, lse = attend_with_lse(query, key, value, attn_mask, dropout_p, is_causal, scaling, enable_gqa)
     record(query, key, lse, scaling=scaling, is_causal=is_causal, mask=attn_mask)
     return output
-
-
-def _autocast(query: Tensor, *others: Tensor | None) -> list[Any]:
-    """What autocast does to the arguments of F.scaled_dot_product_attention, but not to those of the kernels."""
-    device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return [query, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in (query, *others)
-    ]
-
-
-_Answer = tuple[Tensor, Tensor | None]
-
-
-def _on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
-    scale: float,
-    enable_gqa: bool,
-) -> _Answer:
-    """The fused CPU kernel on zero-padded head dims; where it cannot run, the original call and no log-sum-exp."""
-    missing = query.shape[-1] - value.shape[-1]
-    q, k = (F.pad(x, (0, max(-missing, 0))) if missing < 0 else x for x in (query, key))
-    v = F.pad(value, (0, missing)) if missing > 0 else value
-    choice = torch._fused_sdp_choice(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if choice != SDPBackend.FLASH_ATTENTION.value or (missing and _has_blind_rows(mask)):
-        return _SDPA(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale
-    )
-    return output[..., : value.shape[-1]], lse
-
-
-def _on_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
-    scale: float,
-    enable_gqa: bool,
-) -> _Answer:
-    """The kernel that F.scaled_dot_product_attention would choose, prepared as it does, with its log-sum-exp.
-
-    Written from PyTorch's sources and operator schemas; not yet run on a GPU.
-    """
-    choice = torch._fused_sdp_choice(
-        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    if choice == SDPBackend.FLASH_ATTENTION.value:
-        # The kernel takes head dims that are multiples of 8, and no mask.
-        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (query, key, value))
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, dropout, is_causal, False, scale=scale
-        )[:2]
-        return output[..., : value.shape[-1]], lse
-    if choice == SDPBackend.EFFICIENT_ATTENTION.value:
-        bias = _additive(mask, query.dtype)
-        if bias is not None:
-            # Rows of the bias have to start at multiples of 16 elements.
-            num_keys = bias.shape[-1]
-            if num_keys % 16:
-                bias = F.pad(bias, (0, -num_keys % 16))[..., :num_keys]
-            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, dropout, is_causal, scale=scale
-        )[:2]
-        return output, lse[..., : query.shape[2]]  # padded to a multiple of 32 rows
-    if choice == SDPBackend.CUDNN_ATTENTION.value:
-        output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, _additive(mask, query.dtype), True, dropout, is_causal, False, scale=scale
-        )[:2]
-        return output, lse.reshape(query.shape[:3])
-    return _SDPA(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
-
-
-def _has_blind_rows(mask: Tensor | None) -> bool:
-    """Does an additive mask hide all keys of a row by a finite value?
-
-    Such a row averages all values. The composed form derives that correctly; the fused kernel's gradient does not: its
-    log-sum-exp has lost log(n).
-    """
-    if mask is None or mask.dtype == torch.bool:
-        return False
-    best = mask.amax(-1)
-    return bool(((best <= torch.finfo(mask.dtype).min / 2) & (best > -math.inf)).any())
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
