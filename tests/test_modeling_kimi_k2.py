@@ -118,7 +118,11 @@ def test_logits_equal_deepseek(
 
 def test_every_experts_implementation_is_covered() -> None:
     """The others of the registry need a GPU's kernels."""
-    assert set(ALL_EXPERTS_FUNCTIONS.valid_keys()) - set(EXPERTS) == {"deepgemm", "sonicmoe"}
+    assert set(ALL_EXPERTS_FUNCTIONS.valid_keys()) - set(EXPERTS) == {
+        "deepgemm",
+        "sonicmoe",
+        "k2",
+    }  # k2: tests/test_experts.py
 
 
 def test_experts_run_grouped_by_default(tiny_config: Callable[..., KimiK2Config]) -> None:

@@ -2,8 +2,8 @@
 
 K2's arithmetic is DeepSeek-V3's, so nothing of the forward pass is written again: given the same weights the logits are
 `torch.equal`. What this file adds is the construction from our own base model (so that task heads, PEFT and later
-attention work see one class tree), and the two ends where the stock classes go wrong on published checkpoints:
-`from_pretrained` (see loading.py) and `save_pretrained` (see saving.py).
+attention work see one class tree), a router that stays in float32 under autocast, and the two ends where the stock
+classes go wrong on published checkpoints: `from_pretrained` (see loading.py) and `save_pretrained` (see saving.py).
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from transformers import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3Model,
     DeepseekV3PreTrainedModel,
+    DeepseekV3TopkRouter,
 )
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from . import loading, saving
 from .configuration_kimi_k2 import KimiK2Config
+from .linear_cross_entropy import IGNORE_INDEX, LanguageModelHead
 from .preflight import IGNORED_KEYS
 
 
@@ -88,12 +94,39 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
         saving.save_pretrained(self, super().save_pretrained, save_directory, *args, **kwargs)
 
 
+class KimiK2TopkRouter(DeepseekV3TopkRouter):
+    """Upstream's router, in float32 under autocast too.
+
+    Upstream casts its operands to float32, but autocast casts a linear layer's operands again: in bfloat16 the scores of
+    hundreds of experts tie, and the experts chosen are not those that the weights ask for.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[batch, sequence, hidden] -> logits [tokens, experts], weights and indices of the chosen [tokens, top k]."""
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states)
+
+
 class KimiK2Model(KimiK2PreTrainedModel, DeepseekV3Model):
     """The decoder without a head. Input ids [batch, sequence] -> hidden states [batch, sequence, hidden]."""
 
+    def __init__(self, config: KimiK2Config) -> None:
+        super().__init__(config)
+        for module in self.modules():
+            if type(module) is DeepseekV3TopkRouter:
+                # The layers build upstream's. A new one would draw its weights again; this has no state of its own.
+                module.__class__ = KimiK2TopkRouter
+
 
 class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
-    """The decoder with its language-model head. Input ids [batch, sequence] -> logits [batch, sequence, vocab]."""
+    """The decoder with its language-model head. Input ids [batch, sequence] -> logits [batch, sequence, vocab].
+
+    Attributes:
+        loss_chunk_tokens: when set, a forward with labels computes the loss for that many tokens at a time and returns
+            no logits (see linear_cross_entropy.py). A choice of the training run, not saved with the model.
+    """
+
+    loss_chunk_tokens: int | None = None
 
     def __init__(self, config: KimiK2Config) -> None:
         super(DeepseekV3ForCausalLM, self).__init__(
@@ -101,8 +134,67 @@ class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
         )  # its own __init__ would build DeepSeek's base model
         self.model = KimiK2Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As upstream's. With `labels` and `loss_chunk_tokens` set, the loss is computed without logits (None then).
+
+        Raises:
+            ValueError: `loss_chunk_tokens` is set and `lm_head` was replaced (an adapter on it, quantisation), or
+                `logits_to_keep` is given too.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        if labels is None or self.loss_chunk_tokens is None:
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        if not isinstance(self.lm_head, LanguageModelHead):
+            raise ValueError(
+                f"loss_chunk_tokens is {self.loss_chunk_tokens}, but lm_head was replaced by a "
+                f"{type(self.lm_head).__name__}, which returns logits only: leave lm_head out of adapters and quantisation, "
+                f"or set loss_chunk_tokens to None."
+            )
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
+            raise ValueError(
+                f"logits_to_keep is {logits_to_keep}, expected 0: with labels and loss_chunk_tokens there are no logits."
+            )
+        outputs = self.model(**inputs, **kwargs)
+        ignore_index = kwargs.get("ignore_index", IGNORE_INDEX)
+        targets = kwargs.get("shift_labels")
+        if targets is None:
+            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        loss = self.lm_head(
+            outputs.last_hidden_state,
+            labels=targets,
+            chunk_tokens=self.loss_chunk_tokens,
+            num_items=kwargs.get("num_items_in_batch"),
+            ignore_index=ignore_index,
+        )
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
 
 
 class KimiK2ForSequenceClassification(GenericForSequenceClassification, KimiK2PreTrainedModel):
@@ -119,4 +211,5 @@ __all__ = [
     "KimiK2ForTokenClassification",
     "KimiK2Model",
     "KimiK2PreTrainedModel",
+    "KimiK2TopkRouter",
 ]

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from . import attention, peft_mapping
+from . import attention, experts, padded_sdpa, peft_mapping
 from .configuration_kimi_k2 import KimiK2Config
 from .modeling_kimi_k2 import (
     KimiK2ForCausalLM,
@@ -74,9 +74,9 @@ def register() -> None:
     REGISTERED_TOKENIZER_CLASSES[HUB_CLASS_NAME] = KimiK2Tokenizer
 
     # Not inherited by subclassing: without it per-expert checkpoints load with randomly initialised experts.
-    experts = get_checkpoint_conversion_mapping("deepseek_v3")
-    assert experts is not None, "transformers no longer maps deepseek_v3's experts"
-    mapping = [PrefixChange(prefix_to_remove="language_model"), *experts]
+    fusing = get_checkpoint_conversion_mapping("deepseek_v3")
+    assert fusing is not None, "transformers no longer maps deepseek_v3's experts"
+    mapping = [PrefixChange(prefix_to_remove="language_model"), *fusing]
     register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
 
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CheckpointConfig
@@ -84,3 +84,5 @@ def register() -> None:
 
     peft_mapping.register()
     attention.register()
+    padded_sdpa.register()
+    experts.register()
