@@ -1,0 +1,128 @@
+"""Where a model's first values come from, row by row, so that a rank draws or reads only what it holds.
+
+`RandomWeights` draws each expert and each block of rows from a seed of its own: the values depend on the seed and the
+name alone, never on how many ranks there are. `CheckpointWeights` reads a folder in the hub's layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..configuration_kimi_k2 import KimiK2Config
+
+_STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_BLOCK = 1024  # rows of a matrix that share a seed: fewer seeds than rows, and little drawn in vain
+
+
+class Weights(Protocol):
+    """A source of values for parameters and buffers, by the model's names."""
+
+    def rows(self, name: str, shape: Sequence[int], rows: Tensor) -> Tensor:
+        """Entries `rows` (int64, ascending within runs) of dimension 0 of `name`, whose whole shape is `shape`."""
+        ...
+
+
+class RandomWeights:
+    """transformers' initialisation of DeepSeek-V3: normal matrices, norms of one, a router bias of zero.
+
+    Args:
+        config: its `initializer_range` is the standard deviation, its `pad_token_id` the embedding row of zeros.
+        seed: together with a tensor's name and row it decides every value.
+    """
+
+    def __init__(self, config: KimiK2Config, seed: int) -> None:
+        self.std = config.initializer_range
+        self.padding = config.pad_token_id
+        self.seed = seed
+
+    def rows(self, name: str, shape: Sequence[int], rows: Tensor) -> Tensor:
+        """float32 [rows, *shape[1:]]."""
+        if name.endswith("norm.weight"):
+            return torch.ones(len(rows))
+        if name.endswith("e_score_correction_bias"):
+            return torch.zeros(len(rows))
+        size = 1 if len(shape) == 3 else _BLOCK
+        values = torch.empty(len(rows), *shape[1:])
+        numbers = rows // size
+        for block in numbers.unique().tolist():
+            chosen = numbers == block
+            start = block * size
+            drawn = torch.empty(min(size, shape[0] - start), *shape[1:])
+            drawn.normal_(0.0, self.std, generator=self._generator(name, block))
+            values[chosen] = drawn[rows[chosen] - start]
+        if name.endswith("embed_tokens.weight") and self.padding is not None:
+            values[rows == self.padding] = 0.0
+        return values
+
+    def _generator(self, name: str, block: int) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed} {name} {block}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class CheckpointWeights:
+    """A folder in the hub's layout: bfloat16, float16 or float32, one tensor per expert and projection.
+
+    Raises:
+        ValueError: the folder is no such checkpoint, or is quantised.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoint = Checkpoint.open(self.folder)
+        prefixes = (
+            {"language_model."}
+            if any(n.startswith("language_model.") for n in self.checkpoint.tensors)
+            else {""}
+        )
+        (self.prefix,) = prefixes
+        quantised = [
+            name
+            for name in self.checkpoint.tensors
+            if name.endswith(("_scale_inv", ".weight_packed", ".weight_scale"))
+        ]
+        if quantised:
+            raise ValueError(
+                f"{folder} is quantised ({quantised[0]}): a model that is split over ranks starts from float weights; "
+                "load it in one process and save it as bfloat16 first."
+            )
+
+    def rows(self, name: str, shape: Sequence[int], rows: Tensor) -> Tensor:
+        """[rows, *shape[1:]] in the file's dtype.
+
+        Raises:
+            ValueError: no such tensor, or another shape than `shape`.
+        """
+        if match := _STACKED.fullmatch(name):
+            names = ["gate_proj", "up_proj"] if match[2] == "gate_up_proj" else ["down_proj"]
+            experts = [
+                torch.cat([self._slice(f"{match[1]}.{expert}.{part}.weight", None, None) for part in names])
+                for expert in rows.tolist()
+            ]
+            found: Tensor = torch.stack(experts)
+            if found.shape[1:] != torch.Size(shape[1:]):
+                raise ValueError(
+                    f"{name}: an expert is {tuple(found.shape[1:])}, expected {tuple(shape[1:])}."
+                )
+            return found
+        runs = torch.where(rows[1:] != rows[:-1] + 1)[0] + 1
+        pieces = [run for run in torch.tensor_split(rows, runs.tolist()) if len(run)]
+        return torch.cat([self._slice(name, shape, run) for run in pieces])
+
+    def _slice(self, name: str, shape: Sequence[int] | None, run: Tensor | None) -> Tensor:
+        info = self.checkpoint.tensors.get(self.prefix + name)
+        if info is None:
+            raise ValueError(f"{self.folder}: the tensor {self.prefix + name} is missing.")
+        if shape is not None and tuple(info.shape) != tuple(shape):
+            raise ValueError(f"{self.folder}: {name} has shape {tuple(info.shape)}, expected {tuple(shape)}.")
+        with safe_open(info.shard, framework="pt") as file:
+            view = file.get_slice(self.prefix + name)
+            return view[:] if run is None else view[int(run[0]) : int(run[-1]) + 1]
