@@ -1,1 +1,7 @@
-"""Quantised weights: the formats on disk (codecs/) and how transformers meets them (hf_quantizer.py)."""
+"""Quantised weights: the grid (int4.py), training on it (qat.py), the formats on disk (codecs/), transformers' side."""
+
+from __future__ import annotations
+
+from .qat import prepare_qat, remove_qat
+
+__all__ = ["prepare_qat", "remove_qat"]
