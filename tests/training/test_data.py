@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import random
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -15,14 +14,8 @@ import numpy as np
 import pytest
 
 from transformers_k2.tokenizer_training import train_tokenizer
+from transformers_k2.training import readers
 from transformers_k2.training.baselines import unigram_and_bigram_loss
-from transformers_k2.training.data import (
-    block_order,
-    held_out_blocks,
-    split_documents,
-    tokenize,
-    training_blocks,
-)
 from transformers_k2.training.sources import Source
 
 STDLIB = Path(json.__file__).parent
@@ -38,94 +31,6 @@ def documents(number: int = 60) -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(documents(), 600)
-
-
-def test_held_out_documents_never_reach_training_not_even_as_duplicates() -> None:
-    texts = documents()
-    for seed in range(20):
-        training, held_out = split_documents(texts, 0.1, seed)
-        assert held_out
-        assert not set(training) & set(held_out)
-        assert Counter(training) + Counter(held_out) == Counter(texts)
-        assert len(held_out) <= 0.1 * len(texts) + 2  # a duplicate may come along
-
-
-def test_the_split_depends_on_texts_and_seed_only() -> None:
-    texts = documents()
-    training, held_out = split_documents(texts, 0.2, 3)
-    shuffled = random.Random(0).sample(texts, len(texts))
-    assert sorted(split_documents(shuffled, 0.2, 3)[1]) == sorted(held_out)
-    assert split_documents(texts, 0.2, 3) == (training, held_out)
-    assert split_documents(texts, 0.2, 4)[1] != held_out
-
-
-def test_two_documents_are_the_least() -> None:
-    assert [len(part) for part in split_documents(["a", "b"], 0.01, 0)] == [1, 1]
-    training, held_out = split_documents(["a", "b", "b", "b"], 0.5, 0)
-    assert training
-    assert held_out
-    for texts in ([], ["a"], ["a", "a"]):
-        with pytest.raises(ValueError, match="at least two"):
-            split_documents(texts, 0.5, 0)
-
-
-def test_packing_is_plain_concatenation(tokenizer) -> None:
-    texts = documents()
-    expected: list[int] = []
-    for text in texts:
-        expected += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    tokens = tokenize(texts, tokenizer)
-    assert tokens.tolist() == expected
-
-    length = 37
-    blocks = training_blocks(tokens, length, len(expected) // length, seed=5)
-    in_order = sorted(range(len(blocks)), key=lambda item: blocks.order[item])
-    packed = [token for item in in_order for token in blocks[item]["input_ids"].tolist()]
-    assert packed == expected[: len(expected) // length * length]
-    assert len(expected) - len(packed) < length
-    assert blocks.matrix().ravel().tolist() == packed
-    assert all(
-        blocks[item]["labels"].tolist() == blocks[item]["input_ids"].tolist() for item in range(len(blocks))
-    )
-
-
-def test_a_spelled_special_token_stays_text(tokenizer) -> None:
-    tokens = tokenize(["a [EOS] b <|im_end|>"], tokenizer)
-    assert (tokens == tokenizer.eos_token_id).sum() == 1  # the one that ends the document
-    assert tokens.max() == tokenizer.eos_token_id
-    assert tokenizer.decode(tokens[:-1]) == "a [EOS] b <|im_end|>"
-
-
-def test_each_pass_sees_every_block_once_in_an_order_of_its_own() -> None:
-    order = block_order(10, 25, seed=1)
-    assert len(order) == 25
-    first, second, rest = order[:10], order[10:20], order[20:]
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first.tolist() != second.tolist()
-    assert len(set(rest)) == 5
-    assert block_order(10, 25, seed=1).tolist() == order.tolist()
-    assert (
-        block_order(10, 5, seed=1).tolist() == first[:5].tolist()
-    )  # a shorter run is the start of a longer one
-    assert block_order(10, 25, seed=2).tolist() != order.tolist()
-
-
-def test_held_out_blocks_are_spread_and_distinct() -> None:
-    tokens = np.arange(1003, dtype=np.int32)
-    blocks = held_out_blocks(tokens, 10, 7)
-    starts = [int(blocks[item]["input_ids"][0]) for item in range(len(blocks))]
-    assert len(set(starts)) == 7
-    assert starts[0] == 0
-    assert starts[-1] == 990
-    assert len(held_out_blocks(tokens, 10, 1000)) == 100
-
-
-def test_too_little_text_is_told() -> None:
-    tokens = np.zeros(9, dtype=np.int32)
-    with pytest.raises(ValueError, match=r"9 tokens.*sequence_length 10"):
-        training_blocks(tokens, 10, 4, 0)
-    with pytest.raises(ValueError, match=r"held_out_share"):
-        held_out_blocks(tokens, 10, 4)
 
 
 def test_counted_losses_match_a_table_written_out() -> None:
@@ -193,6 +98,23 @@ def test_a_single_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("size", [3, 5, 1000])
+def test_a_long_text_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Letters of several bytes and blank lines that lie across two reads; the fault's place counts from the start."""
+    monkeypatch.setattr(readers, "_READ_BYTES", size)
+    monkeypatch.setattr(readers, "_PIECE_CHARACTERS", 4)
+    path = tmp_path / "one.txt"
+    text = "äöü\r\n正午です\n\nnoon 🕛\n\n\nab\n\ncdefg"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(Source(str(path))) == ["äöü\r\n正午です\n\n", "noon 🕛\n\n", "\nab\n\ncdefg"]
+    path.write_bytes(text.encode() + b"\xff")
+    with pytest.raises(ValueError, match=f"at byte {len(text.encode())}:"):
+        list(Source(str(path)))
+    path.write_bytes(text.encode() + "正".encode()[:2])
+    with pytest.raises(ValueError, match=f"at byte {len(text.encode())}:"):
+        list(Source(str(path)))
 
 
 def test_rows_of_json_lines_parquet_and_datasets(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,22 @@ def contents(path: Path) -> dict[str, bytes]:
     }
 
 
+def begin(path: Path, recipe: str = "new", resume: bool = True) -> AbstractContextManager[Path]:
+    return staged(path, recipe, resume, lambda text: [] if text == recipe else [f"{text} is not {recipe}"])
+
+
 def fail_after_writing(path: Path, name: str, error: type[BaseException]) -> None:
-    with staged(path) as folder:
+    with begin(path) as folder:
         (folder / name).write_bytes(b"half")
         raise error
 
 
 def test_the_result_appears_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "run"
-    with staged(target) as folder:
+    with begin(target) as folder:
         (folder / "a").write_text("new", encoding="utf-8")
         assert not target.exists()
-    assert contents(target) == {"a": b"new"}
+    assert contents(target) == {"a": b"new", "recipe.yaml": b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["run"]
 
 
@@ -49,25 +54,42 @@ def test_a_failure_leaves_the_earlier_run_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail_after_writing(target, "metrics.jsonl", RuntimeError)
     assert contents(target) == before
-    assert contents(tmp_path / ".run.partial") == {"metrics.jsonl": b"half"}  # kept, to look into
+    kept = {"metrics.jsonl": b"half", "recipe.yaml": b"new"}
+    assert contents(tmp_path / "run.unfinished") == kept  # to look into, and to continue
 
-    with staged(target) as folder:
-        assert contents(folder) == {}
+    with begin(target) as folder:
+        assert contents(folder) == kept
         (folder / "b").write_text("new", encoding="utf-8")
-    assert contents(target) == {"b": b"new"}
+    assert contents(target) == {**kept, "b": b"new"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_unfinished_run_is_continued_by_its_own_recipe_only(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with pytest.raises(RuntimeError):
+        fail_after_writing(target, "metrics.jsonl", RuntimeError)
+    checkpoints = tmp_path / "run.unfinished" / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "step").touch()
+    with pytest.raises(
+        ValueError, match=r"unfinished run of another recipe \(new is not other\).*resume=false"
+    ):
+        begin(target, "other").__enter__()
+    assert (checkpoints / "step").exists()
+    with begin(target, "other", resume=False) as folder:
+        assert contents(folder) == {"recipe.yaml": b"other"}
 
 
 def test_a_run_killed_between_the_renames_is_found_again(tmp_path: Path) -> None:
     earlier_run(tmp_path / ".run.old")
-    (tmp_path / ".run.partial").mkdir()
-    with pytest.raises(RuntimeError), staged(tmp_path / "run"):
+    (tmp_path / "run.unfinished").mkdir()
+    with pytest.raises(RuntimeError), begin(tmp_path / "run"):
         raise RuntimeError
     assert (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8") == "old"
 
 
 def hold(path: Path, entered, leave) -> None:
-    with staged(path):
+    with begin(path):
         entered.set()
         leave.wait(60)
 
@@ -79,7 +101,7 @@ def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:
     process.start()
     try:
         assert entered.wait(60)
-        with pytest.raises(ValueError, match="being written by another run"), staged(tmp_path / "run"):
+        with pytest.raises(ValueError, match="being written by another run"), begin(tmp_path / "run"):
             pass
     finally:
         leave.set()

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from .callbacks import Metrics, NonFiniteLossError, ProgressBar
+from .callbacks import Metrics, ProgressBar, Saver
+from .errors import LossSpikeError, NonFiniteLossError
+from .expert_load import ExpertLoadMonitor, LoadOutcome
 from .loop import train
 from .muon_clip_monitor import ClipOutcome, MuonClipMonitor
-from .prepare import Data, build_config, build_model, build_trainer, prepare_data
+from .prepare import Data, build_config, build_trainer, prepare_data, prepare_model
 from .recipe import Recipe, load_recipe
 from .report import RunSummary
+from .trainer import RecipeTrainer
 
 __all__ = [
     "ClipOutcome",
     "Data",
+    "ExpertLoadMonitor",
+    "LoadOutcome",
+    "LossSpikeError",
     "Metrics",
     "MuonClipMonitor",
     "NonFiniteLossError",
     "ProgressBar",
     "Recipe",
+    "RecipeTrainer",
     "RunSummary",
+    "Saver",
     "build_config",
-    "build_model",
     "build_trainer",
     "load_recipe",
     "prepare_data",
+    "prepare_model",
     "train",
 ]

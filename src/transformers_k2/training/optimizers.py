@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from ..optim import muon_clip
 from .schema import Rule, above, at_least
@@ -30,8 +31,12 @@ class OptimizerOptions(Protocol):
         """The peak learning rate; the recipe's schedule scales it."""
         ...
 
-    def cls_and_kwargs(self) -> tuple[Any, dict[str, Any]]:
-        """The pair that Trainer's `optimizer_cls_and_kwargs` takes."""
+    def cls_and_kwargs(self, process_group: ProcessGroup | None = None) -> tuple[Any, dict[str, Any]]:
+        """The pair that Trainer's `optimizer_cls_and_kwargs` takes.
+
+        Args:
+            process_group: ranks with the same parameters, which may share the work of a step.
+        """
         ...
 
 
@@ -49,7 +54,7 @@ class AdamW:
     weight_decay: Annotated[float, at_least(0)]
     eps: Annotated[float, above(0)]
 
-    def cls_and_kwargs(self) -> tuple[Any, dict[str, Any]]:
+    def cls_and_kwargs(self, process_group: ProcessGroup | None = None) -> tuple[Any, dict[str, Any]]:
         """A factory of `torch.optim.AdamW` over all trainable parameters, and its options."""
         options = asdict(self)
         del options["name"]
@@ -60,8 +65,7 @@ class AdamW:
 class MuonClip:
     """The options of `transformers_k2.MuonClip` that runs differ in; its docstring explains them.
 
-    Left out: what the device decides (the dtype and form of Newton-Schulz), and float32 masters, because a recipe's
-    weights are float32.
+    Left out: what the device decides (the dtype and form of Newton-Schulz).
     """
 
     name: Literal["muonclip"]
@@ -77,12 +81,13 @@ class MuonClip:
     betas: tuple[Share, Share]
     eps: Annotated[float, above(0)]
     state_dtype: Literal["float32", "bfloat16"]
+    master_weights: bool
 
-    def cls_and_kwargs(self) -> tuple[Any, dict[str, Any]]:
+    def cls_and_kwargs(self, process_group: ProcessGroup | None = None) -> tuple[Any, dict[str, Any]]:
         """A factory of `MuonClip` for a whole model, and its options."""
         options = asdict(self)
         del options["name"]
-        return muon_clip(**options)
+        return muon_clip(**options, process_group=process_group)
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
@@ -17,7 +18,20 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import write_text
-from .muon_clip_monitor import LINES, PICTURE, ClipOutcome
+from ..parallel import Layout
+from .baselines import unigram_and_bigram_loss
+from .callbacks import Metrics
+from .context import ContextLosses
+from .expert_load import LINES as LOAD_LINES
+from .expert_load import PICTURE as LOAD_PICTURE
+from .expert_load import ExpertLoadMonitor, LoadOutcome
+from .muon_clip_monitor import LINES, PICTURE, ClipOutcome, MuonClipMonitor
+from .prepare import Data
+from .recipe import Recipe
+from .rows import id_matrices
+from .sources import describe
+
+_COUNTED = 200_000  # rows that the counting baselines look at, at most
 
 FILES = {
     "config.json": "the model, in the hub's layout, with model.safetensors and the tokenizer's files",
@@ -25,6 +39,10 @@ FILES = {
     "loss.png": "training and held-out loss against the counted baselines",
     "metrics.jsonl": "loss, gradient norm and learning rate of every step",
     "summary.json": "the numbers above",
+}
+LOAD_FILES = {
+    LOAD_PICTURE: "which experts got how many tokens",
+    LOAD_LINES: "the same of every step",
 }
 QK_CLIP_FILES = {
     PICTURE: "largest logit of every head against tau, clips, and the size of the updates",
@@ -61,6 +79,12 @@ class RunSummary:
     prompt: str
     sample: str
     qk_clip: ClipOutcome | None = None  # of runs whose optimizer clips
+    expert_load: LoadOutcome | None = None
+    context: dict[str, dict[int, float]] | None = None  # losses by state and length
+    processes: str = "1"
+    is_adapter: bool = False
+    chat: bool = False
+    mfu: float | None = None  # of the last step
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,9 +103,7 @@ class RunSummary:
 
     def save(self, path: Path) -> None:
         """Write all numbers as JSON."""
-        numbers = asdict(self)
-        if self.qk_clip is None:
-            del numbers["qk_clip"]
+        numbers = {key: value for key, value in asdict(self).items() if value is not None}
         derived = {"tokens_per_second": self.tokens_per_second, "perplexity": self.perplexity}
         write_text(path, json.dumps({**numbers, **derived}, indent=2) + "\n")
 
@@ -109,6 +131,8 @@ class RunSummary:
             f"{self.num_active_parameters / 1e6:.2f} M of them used per token",
             "Training": f"{self.steps:,} steps, {self.tokens:,} tokens ({self.passes:.2f} passes) in "
             f"{self.training_seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s",
+            "Processes": self.processes
+            + (f"; model FLOPs utilisation {self.mfu:.1%}" if self.mfu is not None else ""),
             "Whole run": f"{self.total_seconds:.0f} s, with preparing the text, evaluating, saving and reloading",
             "Training loss": f"{self.first_loss:.3f} at the first step, {self.last_loss:.3f} at the end",
             "Held-out loss": f"{self.held_out_loss:.3f} (perplexity {self.perplexity:.1f}, {self.bits_per_byte:.3f} "
@@ -116,15 +140,22 @@ class RunSummary:
             "Counting instead": f"{self.bigram_loss:.3f} with a table of token pairs (bigram), {self.unigram_loss:.3f} "
             "with token frequencies, both counted on the tokens that were trained on",
             **({"QK-Clip": str(self.qk_clip)} if self.qk_clip else {}),
+            **({"Expert load": str(self.expert_load)} if self.expert_load else {}),
             "Reloaded": "with AutoModelForCausalLM and AutoTokenizer: the logits are the same to the bit",
         }
         for name, text in rows.items():
             table.add_row(name, Text(text))
         files = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, text in {**FILES, **(QK_CLIP_FILES if self.qk_clip else {})}.items():
+        kinds = {
+            **FILES,
+            **(LOAD_FILES if self.expert_load else {}),
+            **(QK_CLIP_FILES if self.qk_clip else {}),
+        }
+        for name, text in kinds.items():
             files.add_row(Text(str(Path(self.output_dir) / name), style="cyan", overflow="fold"), Text(text))
         return Group(
             Panel(table, title=f"[bold]{escape(self.recipe)}[/bold]", title_align="left"),
+            *([_context_table(self.context)] if self.context else []),
             Panel(
                 Text.assemble((self.prompt, "bold"), self.sample),
                 title="The model writes",
@@ -134,6 +165,20 @@ class RunSummary:
             Text("\nLoad it:\n", style="bold"),  # no frame: these lines are there to be copied
             Syntax(self.loading_code(), "python", background_color="default", word_wrap=True),
         )
+
+
+def _context_table(losses: dict[str, dict[int, float]]) -> Panel:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("Held-out loss at length")
+    for state in losses:
+        table.add_column(state, justify="right")
+    for length in next(iter(losses.values())):
+        table.add_row(f"{length:,}", *(f"{by_length[length]:.3f}" for by_length in losses.values()))
+    return Panel(
+        table,
+        title="Context: with the first rope scaling (plain) and the final one (scaled)",
+        title_align="left",
+    )
 
 
 def smooth(losses: Sequence[float], reach: int) -> list[float]:
@@ -202,3 +247,76 @@ def plot_losses(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)
+
+
+def summarise(
+    recipe: Recipe,
+    name: str,
+    data: Data,
+    parameters: tuple[int, int],
+    metrics: Metrics,
+    clips: MuonClipMonitor | None,
+    loads: ExpertLoadMonitor,
+    context: ContextLosses | None,
+    sample: str,
+    layout: Layout,
+    total_seconds: float,
+) -> RunSummary:
+    """The outcome of a run whose parts are these."""
+    losses = [loss for _, loss in metrics.training]
+    held_out_loss = metrics.held_out[-1][1]
+    length = recipe.data.sequence_length
+    rows_read = recipe.training.steps * recipe.training.batch_size
+    held_out = np.concatenate(list(id_matrices(data.held_out, recipe.training.eval_sequences)))
+    counted = np.concatenate(
+        list(id_matrices(data.rows(recipe, length, recipe.data.seed), min(rows_read, _COUNTED)))
+    )
+    unigram, bigram = unigram_and_bigram_loss(counted, held_out, len(data.tokenizer))
+    held_out_tokens = data.num_tokens(data.held_out_documents)
+    return RunSummary(
+        recipe=name,
+        source=describe(recipe.data.source),
+        output_dir=recipe.output_dir,
+        model=recipe.model.config or recipe.model.weights or "",
+        num_parameters=parameters[0],
+        num_active_parameters=parameters[1],
+        training_documents=sum(map(len, data.training_documents)),
+        held_out_documents=sum(map(len, data.held_out_documents)),
+        skipped_files=data.skipped_files,
+        training_tokens=data.num_tokens(data.training_documents),
+        held_out_tokens=held_out_tokens,
+        evaluated_tokens=held_out.size - len(held_out),
+        steps=recipe.training.steps,
+        tokens=recipe.training.steps * recipe.tokens_per_step,
+        training_seconds=metrics.seconds,
+        total_seconds=total_seconds,
+        first_loss=losses[0],
+        last_loss=float(np.mean(losses[-max(1, len(losses) // 20) :])),
+        held_out_loss=held_out_loss,
+        bits_per_byte=held_out_loss * held_out_tokens / data.held_out_bytes / float(np.log(2)),
+        unigram_loss=unigram,
+        bigram_loss=bigram,
+        prompt=recipe.generation.prompt,
+        sample=sample,
+        qk_clip=clips.outcome() if clips else None,
+        expert_load=loads.outcome(),
+        context=context.losses if context else None,
+        processes=_describe(layout),
+        is_adapter=recipe.adapter is not None,
+        chat=recipe.data.kind == "chat",
+        mfu=metrics.mfu,
+    )
+
+
+def _describe(layout: Layout) -> str:
+    parts = [
+        f"{size} {name}"
+        for size, name in (
+            (layout.pipeline, "pipeline stages"),
+            (layout.replicate, "copies"),
+            (layout.shard, "shards"),
+            (layout.expert, "expert-parallel ranks"),
+        )
+        if size > 1
+    ]
+    return f"{layout.world_size}{': ' if parts else ''}{', '.join(parts)}"

@@ -50,6 +50,7 @@ class Variant:
 
     key: str
     table: Mapping[str, type]
+    optional: bool = False  # null is allowed
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,7 +91,7 @@ def keys(cls: type) -> Iterator[str]:
     """The dotted names of all settings of a dataclass; of a variant section, those of every variant."""
     for name, annotation in get_type_hints(cls, include_extras=True).items():
         variant = _metadata(annotation, Variant)
-        inner = list(variant[0].table.values()) if variant else [_bare(annotation)]
+        inner = list(variant[0].table.values()) if variant else [_section_of(_bare(annotation))]
         nested = [
             key for part in inner if isinstance(part, type) and is_dataclass(part) for key in keys(part)
         ]
@@ -156,8 +157,15 @@ class _Builder:
         if variant := _metadata(annotation, Variant):
             return self.variant(variant[0], value, path)
         bare = _bare(annotation)
-        if is_dataclass(bare):
-            return self.section(bare, value, path)  # type: ignore[arg-type]
+        section = _section_of(bare)
+        if is_dataclass(section):
+            if bare is section:
+                return self.section(section, value, path)  # type: ignore[arg-type]
+            if get_origin(bare) is not list:
+                return None if value is None else self.section(section, value, path)  # type: ignore[arg-type]
+            if not isinstance(value, list) or not value:
+                raise self.error(path, f"{path} is {value!r}: expected a list of mappings, at least one.")
+            return [self.section(section, item, f"{path}[{number}]") for number, item in enumerate(value)]  # type: ignore[arg-type]
         try:
             result = _convert(bare, value)
         except TypeError:
@@ -169,6 +177,8 @@ class _Builder:
         return result
 
     def variant(self, variant: Variant, value: Any, path: str) -> Any:
+        if value is None and variant.optional:
+            return None
         choices = ", ".join(variant.table)
         if not isinstance(value, Mapping) or variant.key not in value:
             raise self.error(path, f"{path} needs the key {variant.key!r}: expected one of {choices}.")
@@ -186,7 +196,8 @@ def describe(annotation: Any) -> str:
     """What a value of this type looks like, in words: "an integer >= 1, or null"."""
     rules = " and ".join(rule.text for rule in _metadata(annotation, Rule))
     if variant := _metadata(annotation, Variant):
-        return f"a mapping whose {variant[0].key!r} is one of {', '.join(variant[0].table)}"
+        null = ", or null" if variant[0].optional else ""
+        return f"a mapping whose {variant[0].key!r} is one of {', '.join(variant[0].table)}{null}"
     bare = _bare(annotation)
     origin, arguments = get_origin(bare), get_args(bare)
     if bare in _SCALARS:
@@ -236,6 +247,12 @@ def _convert(annotation: Any, value: Any) -> Any:
     if annotation in _SCALARS and type(value) is annotation:
         return value
     raise TypeError
+
+
+def _section_of(annotation: Any) -> Any:
+    """The dataclass in `Section`, `Section | None` and `list[Section]`; anything else as it is."""
+    parts = [part for part in get_args(annotation) if is_dataclass(part)]
+    return parts[0] if len(parts) == 1 else annotation
 
 
 def _bare(annotation: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Text for training, from wherever `data.source` points: a lazily read, deterministically ordered run of documents.
+"""Text or rows for training, from wherever `data.source` points: read lazily, in a fixed order.
+
+Documents are texts; conversations are rows with a list of messages. Either is read as it is wanted, so that memory
+holds one file of a folder, one line or one batch of rows.
 
 | data.source | documents |
 |---|---|
@@ -11,13 +14,18 @@
 | `datasets:NAME[:CONFIG[:SPLIT]]` | rows of a Hugging Face dataset (a hub name, a local path or a saved one) |
 | a list | all of these, one after the other |
 
+| data.source | rows (conversations) |
+|---|---|
+| `stdlib_chat` | questions about the standard library, answered from its docstrings: see stdlib_chat.py |
+| `stdlib_chat:STYLE` | the same questions answered as `json`, in capitals (`shout`) or as a quotation (`quote`) |
+| `*.jsonl`, `*.jsonl.gz`, `*.parquet`, `datasets:...`, folders, globs and lists of these | one per line or row |
+
 What it gives up: compressed text other than .jsonl.gz, and streaming from the hub.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import importlib.util
 import json
 import os
@@ -28,6 +36,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .readers import (
+    DATASETS,
+    dataset_files,
+    no_field,
+    open_dataset,
+    pieces,
+    read_json_lines,
+    read_parquet,
+    read_parts,
+    read_text,
+    text_of,
+    without_nulls,
+)
+from .stdlib_chat import STYLES, conversations
 
 # Left out of "stdlib": tests and packages are not the library; lib2to3 and idlelib are applications; encodings is
 # mostly generated tables, on which any model looks good.
@@ -42,9 +65,7 @@ _STDLIB_EXCLUDED = {
     "site-packages",
 }
 _STDLIB_EXCLUDED |= {"dist-packages", "__pycache__"}
-# A text file given alone is cut at the first blank line after this many characters.
-_PIECE_CHARACTERS = 2000
-_DATASETS = "datasets:"
+_STDLIB_CHAT = "stdlib_chat"
 
 
 @dataclass
@@ -71,6 +92,56 @@ class Source:
             return None
         return sum(sizes) if self.max_bytes is None else min(sum(sizes), self.max_bytes)
 
+    def identity(self) -> list[Any]:
+        """What the documents follow from, as JSON values: settings, and every file's path, size and time of change."""
+        files: list[Path] = []
+        for part in self.parts:
+            found = self.files[part]
+            files += dataset_files(part) if found is None else found
+        stats = [(str(path.resolve()), path.stat()) for path in files]
+        changes = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        return [self.parts, self.text_field, self.max_bytes, sys.version, changes]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of files of rows, as conversations are, until the next one would exceed `max_bytes` as JSON.
+
+        Raises:
+            ValueError: a part is text, or a line is no JSON object.
+        """
+        total = 0
+        for part in self.parts:
+            for row in self._rows(part):
+                if self.max_bytes is not None:
+                    total += len(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+                    if total > self.max_bytes:
+                        return
+                yield row
+
+    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
+        files = self.files[part]
+        if files is None:
+            for row in open_dataset(part):
+                yield without_nulls(row)
+            return
+        if _is_stdlib_chat(part):
+            yield from conversations(files, _stdlib_root(), part.removeprefix(_STDLIB_CHAT).removeprefix(":"))
+            return
+        for path in files:
+            if path.suffix == ".parquet":
+                yield from map(without_nulls, read_parquet(path, None))
+            elif path.name.endswith((".jsonl", ".jsonl.gz")):
+                for row, where in read_json_lines(path):
+                    if not isinstance(row, dict):
+                        raise ValueError(
+                            f"data.source file {where} is {type(row).__name__}: expected an object."
+                        )
+                    yield row
+            else:
+                raise ValueError(
+                    f"data.source file {path} is text: expected rows (.jsonl, .jsonl.gz, .parquet, datasets:NAME or "
+                    f"{_STDLIB_CHAT})."
+                )
+
     def __iter__(self) -> Iterator[str]:
         """Non-empty documents, until the next one would exceed `max_bytes` of UTF-8."""
         self.skipped, total = 0, 0
@@ -86,37 +157,52 @@ class Source:
     def _documents(self, part: str) -> Iterator[str]:
         files = self.files[part]
         if files is None:
-            yield from _dataset_rows(part, self.text_field)
+            rows = open_dataset(part)
+            if self.text_field not in (rows.column_names or ()):
+                raise no_field(part, self.text_field, rows.column_names or ())
+            for row in rows.select_columns([self.text_field]):
+                yield text_of(row, self.text_field, part)
             return
+        if _is_stdlib_chat(part):
+            raise ValueError(
+                f"data.source {part!r} gives conversations: expected a source of text, such as stdlib."
+            )
         alone = len(self.parts) == 1 and len(files) == 1 and part != "stdlib"
         for path in files:
             if path.suffix == ".parquet":
-                yield from _parquet(path, self.text_field)
+                for row in read_parquet(path, self.text_field):
+                    yield text_of(row, self.text_field, str(path))
             elif path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _json_lines(path, self.text_field)
+                for row, where in read_json_lines(path):
+                    yield text_of(row, self.text_field, where)
             elif part == "stdlib":
                 with tokenize.open(path) as file:  # honours a coding cookie
                     yield file.read()
+            elif alone:
+                yield from pieces(read_parts(path))
+            elif (text := read_text(path, lenient=Path(part).is_dir())) is not None:
+                yield text
             else:
-                text = _text(path, lenient=Path(part).is_dir())
-                if text is None:
-                    self.skipped += 1
-                else:
-                    yield from _pieces(text) if alone else (text,)
+                self.skipped += 1
         if part == "stdlib":
             yield from _help_topics()
 
 
 def _resolve(part: str) -> list[Path] | None:
     """The files of one source in a fixed order; None for a dataset."""
-    if part.startswith(_DATASETS):
-        if not part.removeprefix(_DATASETS) or part.count(":") > 3:
+    if part.startswith(DATASETS):
+        if not part.removeprefix(DATASETS) or part.count(":") > 3:
             raise ValueError(
                 f"data.source is {part!r}: expected datasets:NAME, datasets:NAME:CONFIG or datasets:NAME:CONFIG:SPLIT."
             )
         _need("datasets", part)
         return None
     if part == "stdlib":
+        return _stdlib_files()
+    if _is_stdlib_chat(part):
+        if part != _STDLIB_CHAT and part.removeprefix(f"{_STDLIB_CHAT}:") not in filter(None, STYLES):
+            choices = ", ".join(f"{_STDLIB_CHAT}:{style}" for style in filter(None, STYLES))
+            raise ValueError(f"data.source is {part!r}: expected {_STDLIB_CHAT} or one of {choices}.")
         return _stdlib_files()
     path = Path(part).expanduser()
     if path.is_file():
@@ -132,8 +218,8 @@ def _resolve(part: str) -> list[Path] | None:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     else:
         raise ValueError(
-            f"data.source is {part!r}, which does not exist here: expected stdlib, a file, a folder, a glob pattern or "
-            f"datasets:NAME{f' (such as datasets:{part})' if part.count('/') == 1 else ''}."
+            f"data.source is {part!r}, which does not exist here: expected stdlib, {_STDLIB_CHAT}, a file, a folder, a glob "
+            f"pattern or datasets:NAME{f' (such as datasets:{part})' if part.count('/') == 1 else ''}."
         )
     if not files:
         raise ValueError(f"data.source {part!r} holds no files: expected at least one.")
@@ -142,8 +228,16 @@ def _resolve(part: str) -> list[Path] | None:
     return files
 
 
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _is_stdlib_chat(part: str) -> bool:
+    return part == _STDLIB_CHAT or part.startswith(f"{_STDLIB_CHAT}:")
+
+
 def _stdlib_files() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
+    root = _stdlib_root()
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         # Never entered, not only left out: site-packages may be large.
@@ -161,84 +255,6 @@ def _need(package: str, part: str) -> None:
         )
 
 
-def _text(path: Path, lenient: bool) -> str | None:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if lenient:
-            return None
-        raise ValueError(
-            f"data.source file {path} is not UTF-8 at byte {error.start}: expected UTF-8 text."
-        ) from None
-    return None if lenient and "\0" in text else text
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut after blank lines into pieces of at least `_PIECE_CHARACTERS`; joined, they are `text` again."""
-    start = 0
-    while (blank := text.find("\n\n", start + _PIECE_CHARACTERS)) >= 0:
-        yield text[start : blank + 2]
-        start = blank + 2
-    if start < len(text):
-        yield text[start:]
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"data.source file {path}, line {number} is not JSON: {error}.") from None
-            yield _field(row, text_field, f"{path}, line {number}")
-
-
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise _no_field(str(path), text_field, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=[text_field]):
-            for row in batch.to_pylist():
-                yield _field(row, text_field, str(path))
-
-
-def _dataset_rows(part: str, text_field: str) -> Iterator[str]:
-    import datasets
-
-    name, config, split = (*part.removeprefix(_DATASETS).split(":"), "", "")[:3]
-    folder = Path(name).expanduser()
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(str(folder))
-        rows = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-    else:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-    if text_field not in (rows.column_names or ()):
-        raise _no_field(part, text_field, rows.column_names or ())
-    for row in rows:
-        yield _field(row, text_field, part)
-
-
-def _field(row: Any, text_field: str, where: str) -> str:
-    if not isinstance(row, dict) or text_field not in row:
-        raise _no_field(where, text_field, list(row) if isinstance(row, dict) else ())
-    value = row[text_field]
-    if not isinstance(value, str):
-        raise ValueError(f"data.source {where}: {text_field!r} is {type(value).__name__}, expected text.")
-    return value
-
-
-def _no_field(where: str, text_field: str, names: Any) -> ValueError:
-    found = ", ".join(map(str, names)) or "no fields"
-    return ValueError(
-        f"data.source {where} has no {text_field!r}: expected data.text_field to be one of {found}."
-    )
-
-
 def _help_topics() -> Iterator[str]:
     """The language reference that `help()` shows, by topic: the documentation that every installation has."""
     from pydoc_data.topics import topics
@@ -251,4 +267,8 @@ def describe(source: str | list[str]) -> str:
     """The source in a few words, for titles and reports."""
     if source == "stdlib":
         return f"the standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
+    if isinstance(source, str) and _is_stdlib_chat(source):
+        return f"questions about {describe('stdlib')}" + source.removeprefix(_STDLIB_CHAT).replace(
+            ":", ", style "
+        )
     return source if isinstance(source, str) else ", ".join(source)
