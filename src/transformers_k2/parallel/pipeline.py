@@ -116,6 +116,12 @@ class Pipeline:
         """As the function `clip_grad_norm`, over all stages."""
         return clip_grad_norm(self.model, self.layout, max_norm)
 
+    def gather(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What the ranks of this column know, in the order of the stages, under names of the whole model; collective."""
+        parts: list[dict[str, Any]] = [{} for _ in range(self.layout.pipeline)]
+        dist.all_gather_object(parts, values, group=self._column)
+        return {name: value for part in parts for name, value in part.items()}
+
     def _run(self, batch: Mapping[str, Tensor], micro_batch_size: int, scale: Tensor | None) -> Tensor:
         """Sum of the micro-batches' losses (scaled for a backward pass; None: no backward), float64 [], on all ranks."""
         _check(batch, micro_batch_size)

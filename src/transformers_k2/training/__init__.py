@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .callbacks import Metrics, ProgressBar, Saver
+from .data import Data, prepare_data
 from .errors import LossSpikeError, NonFiniteLossError
 from .expert_load import ExpertLoadMonitor, LoadOutcome
 from .loop import train
 from .muon_clip_monitor import ClipOutcome, MuonClipMonitor
-from .prepare import Data, build_config, build_trainer, prepare_data, prepare_model
+from .prepare import build_config, build_trainer, prepare_model
 from .recipe import Recipe, load_recipe
 from .report import RunSummary
 from .trainer import RecipeTrainer

@@ -98,6 +98,13 @@ def encode_conversation(
     return ids, loss
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that the chat template ends an assistant turn with: where generation has to stop."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, loss = encode_conversation({"messages": turns}, tokenizer, {})
+    return max((place, token) for place, token in enumerate(ids) if loss[place])[1]
+
+
 def _encode_by_prefixes(
     messages: list[dict[str, Any]],
     tools: Any,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..parallel import Layout
 from ..rope import set_rope_scaling
 from . import machine
-from .prepare import Data
+from .data import Data
 from .recipe import ContextSection, Recipe
 from .steps import Batch, held_out_batches
 from .trainer import RecipeTrainer

@@ -2,8 +2,7 @@
 
 The numbers go to a JSON-lines file as they come, to Trainer's logs as scalars, and into a picture. A run that resumes
 from a checkpoint continues the file: lines after the checkpoint's step are cut off. What it gives up: the file grows by
-some 6 bytes per expert and step, which for 60 layers of 384 experts is 140 kB a step; and rank 0 writes the routers
-that it holds, which under pipeline parallelism are those of its stage.
+some 6 bytes per expert and step, which for 60 layers of 384 experts is 140 kB a step.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..files import sync
 from ..moe import RouterBalance
+from .muon_clip_monitor import Gather
 from .muon_clip_plot import StepMaxima, short_name
 
 LINES, PICTURE = "expert_load.jsonl", "expert_load.png"
@@ -64,10 +64,16 @@ class ExpertLoadMonitor(TrainerCallback):
         folder: gets expert_load.jsonl and, at each evaluation and at the end, expert_load.png.
         freeze_after: the bias moves up to and including this step; None: always.
         title: of the picture.
+        gather: puts together what ranks with different layers know (`Pipeline.gather`); collective.
     """
 
     def __init__(
-        self, balance: RouterBalance, folder: str | Path, freeze_after: int | None = None, title: str = ""
+        self,
+        balance: RouterBalance,
+        folder: str | Path,
+        freeze_after: int | None = None,
+        title: str = "",
+        gather: Gather | None = None,
     ) -> None:
         if freeze_after is not None and freeze_after < 0:
             raise ValueError(f"freeze_after is {freeze_after}: expected an integer >= 0, or None.")
@@ -75,6 +81,7 @@ class ExpertLoadMonitor(TrainerCallback):
         self.path, self.picture = Path(folder) / LINES, Path(folder) / PICTURE
         self.freeze_after = freeze_after
         self.title = title
+        self.gather = gather
         self._file: TextIO | None = None
         self._forget(1)
 
@@ -133,6 +140,8 @@ class ExpertLoadMonitor(TrainerCallback):
         if self.freeze_after is not None:
             self.balance.frozen = step > self.freeze_after
         stats = self.balance.update()  # collective: on every rank
+        if self.gather is not None:
+            stats = self.gather(stats)
         if self._file is None or not any(load.loads.any() for load in stats.values()):
             return
         line = {

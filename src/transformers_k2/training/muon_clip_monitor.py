@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..optim import MuonClip
 from .muon_clip_plot import StepMaxima, layer_of, plot_muon_clip
 
+Gather = Callable[[dict[str, Any]], dict[str, Any]]
 LINES, PICTURE = "qk_clip.jsonl", "qk_clip.png"
 
 
@@ -57,14 +59,18 @@ class MuonClipMonitor(TrainerCallback):
         folder: gets qk_clip.jsonl and, at each evaluation and at the end, qk_clip.png.
         rms_every: how often update sizes are measured: a pass over all updates, collective over ranks.
         title: of the picture.
+        gather: puts together what ranks with different layers know (`Pipeline.gather`); collective.
     """
 
-    def __init__(self, folder: str | Path, rms_every: int = 10, title: str = "") -> None:
+    def __init__(
+        self, folder: str | Path, rms_every: int = 10, title: str = "", gather: Gather | None = None
+    ) -> None:
         if rms_every < 1:
             raise ValueError(f"rms_every is {rms_every}: expected an integer >= 1.")
         self.path, self.picture = Path(folder) / LINES, Path(folder) / PICTURE
         self.rms_every = rms_every
         self.title = title
+        self.gather = gather
         self._file: TextIO | None = None
         self._forget()
 
@@ -139,10 +145,13 @@ class MuonClipMonitor(TrainerCallback):
         if skipped:
             return
         rms = _layer_rms(muon) if muon.track_update_rms else {}  # collective: on every rank
+        watched = muon.qk_clip_stats()
+        if self.gather is not None:
+            rms, watched = self.gather(rms), self.gather(watched)
         if self._file is None:
             return
         attention = {}
-        for name, stats in muon.qk_clip_stats().items():
+        for name, stats in watched.items():
             before = self._clips.get(name) or [0] * len(stats["gamma"])
             clipped = (stats["gamma"] < 1).tolist()
             attention[name] = {

@@ -22,11 +22,11 @@ from ..parallel import Layout
 from .baselines import unigram_and_bigram_loss
 from .callbacks import Metrics
 from .context import ContextLosses
+from .data import Data
 from .expert_load import LINES as LOAD_LINES
 from .expert_load import PICTURE as LOAD_PICTURE
 from .expert_load import ExpertLoadMonitor, LoadOutcome
 from .muon_clip_monitor import LINES, PICTURE, ClipOutcome, MuonClipMonitor
-from .prepare import Data
 from .recipe import Recipe
 from .rows import id_matrices
 from .sources import describe

@@ -66,6 +66,8 @@ class RecipeTrainer(Trainer):
         self.spike_guard, self.phase_begins = spike_guard, phase_begins
         self._phase = -1
         self._resumed_from: Path | None = None
+        if pipeline is not None and balance is not None:  # its micro-batches pass through the model one at a time
+            self.model.register_forward_pre_hook(self._leave_padding_out, with_kwargs=True)
         self._micro_batch = 0
         self._step_loss = torch.zeros((), device=self.args.device)
 
@@ -127,6 +129,11 @@ class RecipeTrainer(Trainer):
             loss = loss * self.layout.data_size  # logs take the mean over processes
         self._step_loss += loss.detach()
         return loss
+
+    def _leave_padding_out(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        assert self.balance is not None
+        mask = kwargs.get("attention_mask")
+        self.balance.token_mask = None if mask is None else mask.bool()
 
     def _begin_micro_batch(self, step: int) -> None:
         phase, _ = self.plan.phase_of(step)

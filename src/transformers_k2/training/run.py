@@ -1,0 +1,233 @@
+"""The parts of a recipe's run in the order in which they need each other, and what is done with them.
+
+What it gives up: a model that is split over processes is compared with its saved copy by the loss, not bit by bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from ..moe import RouterBalance
+from ..parallel import Layout
+from ..parallel.pipeline import Pipeline
+from ..rope import set_rope_scaling
+from . import machine
+from .adapters import finish_qat, save_adapter
+from .callbacks import Metrics, ProgressBar, Saver
+from .chat_data import end_of_turn
+from .context import ContextLosses
+from .data import Data
+from .errors import NonFiniteLossError
+from .expert_load import ExpertLoadMonitor
+from .export import export_hub
+from .flops import peak_flops, training_flops_per_token
+from .muon_clip_monitor import Gather, MuonClipMonitor
+from .optimizers import MuonClip
+from .prepare import build_trainer, prepare_model
+from .recipe import NF4, Int4QAT, Recipe
+from .trainer import RecipeTrainer
+
+_RELOAD_LIMIT = 5 * 10**9  # parameters that rank 0 loads again to check what was saved
+
+
+class Run:
+    """The parts of a run, built in the order in which they need each other."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: Any,
+        data: Data,
+        layout: Layout,
+        folder: Path,
+        progress: Progress,
+        signal: machine.StopSignal,
+    ) -> None:
+        self.recipe, self.data, self.layout, self.folder = recipe, data, layout, folder
+        task = progress.add_task("Building the model", total=1, note="")
+        self.model: Any = prepare_model(recipe, config, data.tokenizer, layout)
+        self.parameters = count_parameters(config, recipe)
+        progress.update(task, completed=1, note=f"{self.parameters[0] / 1e6:,.1f} M parameters")
+        router, training = recipe.router, recipe.training
+        self.pipeline = (
+            Pipeline(self.model, layout, recipe.parallel.schedule) if layout.pipeline > 1 else None
+        )
+        group = None if self.pipeline is None else self.pipeline.data_group
+        self.balance = RouterBalance(
+            self.model,
+            bias_update_speed=0.0 if recipe.adapter is not None else router.bias_update_speed,
+            balance_loss=router.balance_loss,
+            process_group=group,
+        )
+        device = next(self.model.parameters()).device
+        dtype = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
+        peak = recipe.logging.peak_tflops
+        peak_here = peak * 1e12 if peak is not None else peak_flops(device, dtype)
+        self.metrics = Metrics(
+            folder / "metrics.jsonl",
+            recipe.tokens_per_step,
+            training_flops_per_token(config, recipe.data.sequence_length),
+            None if peak_here is None else peak_here * layout.world_size,
+        )
+        self.saver = Saver(recipe.checkpoint.every, signal)
+        freeze = training.steps - recipe.num_steps(router.bias_freeze)
+        title = recipe.model.config or recipe.model.weights or ""
+        gather = None if self.pipeline is None else self.pipeline.gather
+        self.loads = ExpertLoadMonitor(self.balance, folder, freeze, f"Expert load of {title}", gather)
+        self.clips = _monitor(recipe, folder, gather)
+        bar = ProgressBar(progress, self.metrics)
+        callbacks = [self.metrics, bar, self.saver]
+        self.trainer: RecipeTrainer = build_trainer(
+            recipe, self.model, data, layout, folder, callbacks, self.balance, self.pipeline,
+            phase_begins=self._phase_begins,
+        )  # fmt: skip
+        self.loads.attach(self.trainer)  # in front of trackers, which log what these add
+        if self.clips is not None:
+            self.clips.attach(self.trainer)
+        bar.num_batches = len(self.trainer.held_out)
+
+    def measure_context(self) -> ContextLosses | None:
+        """The losses at the lengths of a context recipe, before it trains."""
+        if self.recipe.context is None:
+            return None
+        losses = ContextLosses(self.recipe, self.data, self.layout)
+        losses.measure_before(self.model, self.trainer)
+        return losses
+
+    def train(self, console: Console) -> None:
+        """Train from the newest checkpoint of the folder, or from the start."""
+        assert self.trainer.checkpoints is not None
+        if (newest := self.trainer.checkpoints.latest()) is not None:
+            step = self.trainer.checkpoints.read_meta(newest)["step"]
+            console.print(
+                f"Continuing at step {step} of {self.recipe.training.steps}, from {newest}", highlight=False
+            )
+        try:
+            self.trainer.train(resume_from_checkpoint=True)
+        except NonFiniteLossError as error:
+            advice = self.metrics.advice()
+            raise NonFiniteLossError(str(error) if advice in str(error) else f"{error} {advice}") from None
+        except FloatingPointError as error:  # MuonClip looks at logits before there is a loss to look at
+            raise NonFiniteLossError(
+                f"Training stopped at step {self.trainer.state.global_step + 1}: {error} {self.metrics.advice()}"
+            ) from None
+
+    def save(self) -> None:
+        """The model, or its adapter, in the hub's layout, and the tokenizer."""
+        model, tokenizer = self.model, self.data.tokenizer
+        if isinstance(self.recipe.quantization, Int4QAT):
+            finish_qat(model)
+        model.config.use_cache = True  # Trainer turned it off for training
+        if self.recipe.data.kind == "chat":
+            model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
+        main = machine.rank() == 0
+        if self.recipe.adapter is not None:
+            if main:
+                save_adapter(model, self.folder)
+        elif self.layout.splits_the_model:
+            assert self.trainer.checkpoints is not None
+            export_hub(self.trainer.checkpoints.path(self.recipe.training.steps), model, self.folder)
+        elif main:
+            model.save_pretrained(self.folder)
+        if main:
+            tokenizer.save_pretrained(self.folder)
+        machine.barrier()
+
+    def reload_and_generate(self) -> str:
+        """Load what was saved through the Auto classes, compare it with the model, and sample from it, on rank 0.
+
+        Raises:
+            RuntimeError: the reloaded model computes something else.
+        """
+        if self.parameters[0] > _RELOAD_LIMIT:
+            return f"(not reloaded: {self.parameters[0] / 1e9:.0f} G parameters)"
+        batch = {key: value[:1] for key, value in self.trainer.held_out[0].items()}
+        expected = _loss_and_logits(self.trainer, batch, self.recipe.adapter is not None)
+        if machine.rank() != 0:
+            return ""
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        reloaded = AutoModelForCausalLM.from_pretrained(self.folder, device_map=self.trainer.args.device)
+        reloaded.set_experts_implementation(self.model.config._experts_implementation)
+        reloaded.set_attn_implementation(self.model.config._attn_implementation)
+        with torch.no_grad():
+            output = reloaded.eval()(
+                **{key: value.to(reloaded.device) for key, value in batch.items()}, use_cache=False
+            )
+        # The base of an NF4 run is loaded in its own dtype again.
+        same_weights = not isinstance(self.recipe.quantization, NF4)
+        if same_weights and expected[1] is not None and not torch.equal(expected[1], output.logits):
+            raise RuntimeError(
+                f"The model loaded from {self.folder} differs from the one that was saved, by up to "
+                f"{(expected[1] - output.logits).abs().max():.3g} in the logits."
+            )
+        tolerance = 1e-3 if same_weights else 0.1
+        if abs(float(expected[0]) - float(output.loss)) > tolerance * abs(float(expected[0])):
+            raise RuntimeError(
+                f"The model loaded from {self.folder} has a loss of {float(output.loss):.5f} where the one that was saved "
+                f"has {float(expected[0]):.5f}."
+            )
+        return _sample(self.recipe, reloaded, tokenizer)
+
+    def _phase_begins(self, number: int) -> None:
+        context = self.recipe.context
+        if context is not None and (scaling := context.stages[number].rope_scaling) is not None:
+            set_rope_scaling(self.model, scaling, context.max_position_embeddings)
+
+
+def count_parameters(config: Any, recipe: Recipe) -> tuple[int, int]:
+    """Parameters of the whole model, and those that a token uses."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routed = sum(parameter.numel() for key, parameter in model.named_parameters() if ".experts." in key)
+    return total, total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+
+
+@torch.no_grad()
+def _loss_and_logits(trainer: RecipeTrainer, batch: dict[str, Any], has_adapter: bool) -> tuple[Any, Any]:
+    """Of the trained model on one batch that every process gives; logits where no process lacks a part of it."""
+    model: Any = trainer.model
+    inputs = trainer._prepare_inputs(batch)
+    model.eval()
+    if trainer.pipeline is not None:
+        loss, count = trainer.pipeline.evaluate(inputs, 1)
+        return loss / count, None
+    if trainer.layout.splits_the_model:
+        return model(**inputs, use_cache=False).loss, None
+    plain = model.get_base_model() if has_adapter else model
+    chunk, plain.loss_chunk_tokens = plain.loss_chunk_tokens, None
+    output = model(**inputs, use_cache=False)
+    plain.loss_chunk_tokens = chunk
+    return output.loss, output.logits
+
+
+def _sample(recipe: Recipe, model: Any, tokenizer: Any) -> str:
+    settings = recipe.generation
+    sampling = {"temperature": settings.temperature} if settings.temperature else {}
+    if recipe.data.kind == "chat":
+        messages = [{"role": "user", "content": settings.prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+    else:
+        inputs = tokenizer(settings.prompt, return_tensors="pt").to(model.device)
+    set_seed(recipe.training.seed)
+    output = model.generate(
+        **inputs, max_new_tokens=settings.max_new_tokens, do_sample=bool(sampling), **sampling
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _monitor(recipe: Recipe, folder: Path, gather: Gather | None) -> MuonClipMonitor | None:
+    """For optimizers that clip."""
+    optimizer = recipe.optimizer
+    if not isinstance(optimizer, MuonClip) or optimizer.qk_clip_tau is None or recipe.adapter is not None:
+        return None
+    title = f"MuonClip on {recipe.model.config or recipe.model.weights}, tau {optimizer.qk_clip_tau:g}"
+    return MuonClipMonitor(folder, title=title, gather=gather)
