@@ -140,6 +140,12 @@ def run_pipeline(rank: int, ranks: int, folder: Path) -> None:
                 pipeline.step(rows, micro_batch_size, 2 * int(num_items(batch)))
                 pipeline.evaluate(rows, micro_batch_size)
             seen[f"{kind} twice a half"] = gradients(model)
+            model.zero_grad()
+            pipeline.micro_batches_per_run = 2
+            seen[f"{kind} loss in runs"] = pipeline.step(rows, micro_batch_size, num_items(batch))
+            seen[f"{kind} grads in runs"] = gradients(model)
+            seen[f"{kind} evaluated in runs"] = pipeline.evaluate(rows, micro_batch_size)
+            pipeline.micro_batches_per_run = None
         if layout.data_size > 1:
             seen["reductions"] = [num_reductions(pipeline, rows, size) for size in (1, 3)]
             seen["half precision"] = half_precision(folder, layout, schedule, rows, num_items(batch))

@@ -68,13 +68,22 @@ def _step(rank: int, config: KimiK2Config, case: dict[str, Any]) -> dict[str, An
         apply_recompute(model, ["full"])
     generator = torch.Generator().manual_seed(layout.data_rank(rank))
     ids = torch.randint(3, config.vocab_size, (case["micro_batches"], case["length"]), generator=generator)
-    optimizer = MuonClip.for_model(model, lr=1e-3, ns_dtype="bfloat16", qk_clip_tau=None)
+    copies = None if layout.splits_the_model else dist.group.WORLD
+    optimizer = MuonClip.for_model(
+        model, lr=1e-3, ns_dtype="bfloat16", qk_clip_tau=None, process_group=copies
+    )
     with Collectives() as counted:
         if layout.pipeline > 1:
-            Pipeline(model, layout).step({"input_ids": ids, "labels": ids}, 1, ids.numel())
+            pipeline = Pipeline(model, layout, case.get("schedule", "1f1b"), case.get("per_run"))
+            pipeline.step({"input_ids": ids, "labels": ids}, 1, ids.numel())
         else:
             for row in ids:
                 model(row[None], labels=row[None], use_cache=False).loss.backward()
+            if not layout.splits_the_model:
+                for parameter in model.parameters():  # what DDP does after the last micro-batch
+                    if parameter.grad is None:  # an expert without a token
+                        parameter.grad = torch.zeros_like(parameter)
+                    dist.all_reduce(parameter.grad)
     optimizer.step()
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]

@@ -58,12 +58,19 @@ def inspect_command(
 
 @app.command("plan", no_args_is_help=True)
 def plan_command(
+    context: typer.Context,
     config: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A config.json, a folder with one, or the name of a size in configs/, such as kimi_k2_instruct."
         ),
-    ],
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan this recipe, a file or a name in training_recipes/, instead of CONFIG and options."
+        ),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 32,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a machine.")] = 8,
     pipeline: Annotated[
@@ -111,33 +118,57 @@ def plan_command(
       k2 plan kimi_k2_instruct --nodes 32 --pipeline 16 --shard 16 --expert 16 --recompute full
 
       k2 plan kimi_k2_instruct --sweep --plot sweep.png --recompute full
+
+      k2 plan --recipe k2_pretrain --nodes 128
     """
     from .parallel.plan_report import plot_sweep, render, render_sweep
-    from .parallel.planner import plan_nodes
+    from .parallel.plan_search import plan_nodes
 
+    if (config is None) == (recipe is None):
+        raise ValueError(
+            "k2 plan needs a CONFIG or a --recipe, one of them: k2 plan --recipe k2_pretrain --nodes 128."
+        )
+    numbers = (32, 64, 128, 256) if sweep else (nodes,)
+    machine = {
+        "imbalance": imbalance,
+        "gpu_memory": gpu_memory,
+        "intra_node_gbps": intra_node_gbps,
+        "inter_node_gbps": inter_node_gbps,
+    }
     sizes = {"pipeline": pipeline, "shard": shard, "expert": expert, "replicate": replicate}
-    found = plan_nodes(
-        config,
-        (32, 64, 128, 256) if sweep else (nodes,),
-        {name: size for name, size in sizes.items() if size is not None},
-        gpus_per_node=gpus_per_node,
-        micro_batch_size=micro_batch_size,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        micro_batches_per_run=micro_batches_per_run,
-        dtype=dtype,
-        optimizer=optimizer,
-        state_dtype=state_dtype,
-        master_weights=master_weights,
-        recompute=tuple(filter(None, recompute.split(","))),
-        loss_chunk_tokens=loss_chunk_tokens or None,
-        offload_optimizer=offload_optimizer,
-        offload_activations=offload_activations,
-        imbalance=imbalance,
-        gpu_memory=gpu_memory,
-        intra_node_gbps=intra_node_gbps,
-        inter_node_gbps=inter_node_gbps,
-    )
+    if recipe is not None:
+        from .training.plan import plan_recipe
+        from .training.recipe import load_recipe
+
+        used = {"recipe", "nodes", "gpus_per_node", "sweep", "plot", "as_json", *machine}
+        given = [name for name in context.params if _is_given(context, name) and name not in used]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} is the recipe's to say: expected no such option with --recipe."
+            )
+        loaded = load_recipe(recipe)
+        found = {number: [plan_recipe(loaded, number, gpus_per_node, **machine)] for number in numbers}
+    else:
+        assert config is not None
+        found = plan_nodes(
+            config,
+            numbers,
+            {name: size for name, size in sizes.items() if size is not None},
+            gpus_per_node=gpus_per_node,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            micro_batches_per_run=micro_batches_per_run,
+            dtype=dtype,
+            optimizer=optimizer,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            recompute=tuple(filter(None, recompute.split(","))),
+            loss_chunk_tokens=loss_chunk_tokens or None,
+            offload_optimizer=offload_optimizer,
+            offload_activations=offload_activations,
+            **machine,
+        )
     if as_json:
         typer.echo(json.dumps({n: [one.to_dict() for one in plans] for n, plans in found.items()}, indent=2))
     else:
@@ -178,6 +209,11 @@ def train_command(
     from .training import train
 
     train(recipe, overrides or [])
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def main() -> None:

@@ -91,6 +91,13 @@ def test_losses_gradients_and_norms(folder: Path, ranks: int, kind: str) -> None
         assert_all_equal([r[f"{kind} grads"] for r in results], grads, case, rtol=1e-4, atol=1e-7)
         assert_all_equal([r[f"{kind} clipped"] for r in results], clipped, case, rtol=1e-4, atol=1e-7)
         assert_all_equal([r[f"{kind} twice a half"] for r in results], grads, case, rtol=1e-4, atol=1e-7)
+        assert_all_equal([r[f"{kind} grads in runs"] for r in results], grads, case, rtol=1e-4, atol=1e-7)
+        for result in results:
+            torch.testing.assert_close(result[f"{kind} loss in runs"], result[f"{kind} loss"])
+            for part, whole in zip(
+                result[f"{kind} evaluated in runs"], result[f"{kind} evaluated"], strict=True
+            ):
+                torch.testing.assert_close(part, whole)
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
@@ -179,6 +186,8 @@ def test_refusals(tiny_model: KimiK2ForCausalLM) -> None:
         Pipeline(tiny_model, Layout(pipeline=2), "zero_bubble")
     with pytest.raises(ValueError, match="pipeline is 1"):
         Pipeline(tiny_model, Layout())
+    with pytest.raises(ValueError, match="micro_batches_per_run is 0"):
+        Pipeline(tiny_model, Layout(pipeline=2), micro_batches_per_run=0)
     batch = global_batch("padded")
     _check(batch, 5)
     with pytest.raises(ValueError, match="micro_batch_size is 0"):

@@ -2,15 +2,18 @@
 
 A stage's model runs its usual forward: the first stage from token ids, the others from the hidden states they receive,
 the last one to the loss, so that whatever the model's own forward does (masks of packed rows, a loss in chunks) is done
-here too. FSDP2 adds up gradients over micro-batches and reduces them once, at the end. What it gives up: stages of
-several runs of layers (interleaving), and memory: for a step live the unreduced gradients of a stage's gathered weights,
-and torch's receive buffers, which are hidden states and their gradients of all rows at once.
+here too. FSDP2 adds up gradients over micro-batches and reduces them once, at the end of a run of the schedule. What it
+gives up: stages of several runs of layers (interleaving), and memory: for a run live the unreduced gradients of a stage's
+gathered weights, and torch's receive buffers, which are hidden states and their gradients of all its rows at once. So a
+large step is cut into several runs; each has a bubble and a reduction of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,22 +43,36 @@ class Pipeline:
         model: this rank's share, from `build_model` with this layout.
         layout: pipeline > 1.
         schedule: "1f1b" keeps activations of at most as many micro-batches as there are stages; "gpipe" of all of them.
+        micro_batches_per_run: how many go through the pipeline together, at most; None: all of a step.
 
     Attributes:
         data_group: the ranks of this stage, which hold the same layers and see different rows: what MuonClip and
             RouterBalance take as process_group.
 
     Raises:
-        ValueError: an unknown schedule, or a layout without pipeline stages.
+        ValueError: an unknown schedule, a layout without pipeline stages, or a number below 1.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, schedule: str = "1f1b") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        schedule: str = "1f1b",
+        micro_batches_per_run: int | None = None,
+    ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}: expected one of {', '.join(SCHEDULES)}.")
         if layout.pipeline == 1:
             raise ValueError("parallel.pipeline is 1: expected at least 2 stages to run as a pipeline.")
+        if micro_batches_per_run is not None and (
+            type(micro_batches_per_run) is not int or micro_batches_per_run < 1
+        ):
+            raise ValueError(
+                f"micro_batches_per_run is {micro_batches_per_run!r}: expected an integer >= 1, or None for all of a step."
+            )
         self.model = model
         self.layout = layout
+        self.micro_batches_per_run = micro_batches_per_run
         self.schedule = schedule
         self.stage = layout.stage(dist.get_rank())
         self.device = next(model.parameters()).device
@@ -129,10 +146,11 @@ class Pipeline:
         num_rows = len(batch["input_ids"])
         even = num_rows - num_rows % micro_batch_size
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start, end, size in ((0, even, micro_batch_size), (even, num_rows, num_rows - even)):
+        rows_per_run = micro_batch_size * (self.micro_batches_per_run or num_rows)
+        for start, end in pairwise([*range(0, even, rows_per_run), even, num_rows]):
             if start < end:
                 part = {name: rows[start:end] for name, rows in batch.items()}
-                total += self._run_even(part, size, scale)
+                total += self._run_even(part, min(micro_batch_size, end - start), scale)
         dist.broadcast(total, group=self._column, group_src=self.layout.pipeline - 1)
         return total
 

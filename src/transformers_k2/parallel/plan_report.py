@@ -59,6 +59,9 @@ def plot_sweep(found: Mapping[int, Sequence[Plan]], path: str | Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
+_NAMES = ("", "layout", "fits")
+
+
 def short_name(plan: Plan) -> str:
     """A layout in few letters: PP16 EP16 shard 16 x8."""
     layout = plan.layout
@@ -141,8 +144,11 @@ def _verdict(plan: Plan) -> RenderableType:
     of = f"{peak:,.1f} of {capacity:,.1f} GiB ({options.gpu_memory:g} less {options.reserve:g} assumed for the rest)"
     text = Text("Fits: " if plan.fits else "Does not fit: ", style="bold green" if plan.fits else "bold red")
     text.append(of + ".\n", style="none")
-    for change, saves in plan.advice:
-        text.append(f"  {saves / GIB:7.1f} GiB less: {change}\n", style="none")
+    for one in plan.advice:
+        then = "; then it fits" if one.fits else ""
+        text.append(f"  {one.saves / GIB:7.1f} GiB less{then}: {one.change}\n", style="none")
+    for note in plan.notes:
+        text.append(f"{note}\n", style="none")
     text.append(
         f"Communication takes at least {plan.seconds:,.1f} s a step at {options.intra_node_gbps:g} GB/s within and "
         f"{options.inter_node_gbps:g} GB/s between nodes; the pipeline waits at least {plan.bubble:.1%}.",
@@ -154,19 +160,19 @@ def _verdict(plan: Plan) -> RenderableType:
 def _lines(entries: Sequence[tuple[str, Plan]]) -> RenderableType:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in (
         "",
         "layout",
         "fits",
-        "peak GiB",
-        "states GiB",
-        "GB sent",
-        "between nodes",
-        "at least s",
+        "peak\nGiB",
+        "states\nGiB",
+        "GB\nsent",
+        "out of\nnode",
+        "sec.\n>=",
         "bubble",
     ):
-        table.add_column(name, justify="left" if name in ("", "layout", "fits") else "right")
+        table.add_column(name, no_wrap=True, justify="left" if name in _NAMES else "right")
     for name, plan in entries:
         memory = plan.fullest.memory
         states = sum(memory[kind] for kind in ("weights", "gradients", "optimizer"))

@@ -1,18 +1,18 @@
 """What one rank holds of a model, read off the model that training would build, without its storage.
 
-`share_of` lays the model out on the meta device under a process group that talks to nobody, so that a terabyte laid out
-over thousands of ranks is measured in a second, on one process. Everything is counted on the real objects: DTensors' local
-parts, FSDP2's parameter groups, MuonClip's own state. What it gives up: it needs torch.distributed for itself, and the
-ranks of a stage other than the first, which holds the most, are not looked at.
+A model is laid out on the meta device under a process group that talks to nobody, so that a terabyte over thousands of
+ranks is measured in seconds, on one process. Everything is counted on the real objects: DTensors' local parts, FSDP2's
+parameter groups, MuonClip's own state. `share_of` lays out all layers of any rank; `layer_kinds` one of each kind, which
+gives the first rank of any stage in a tenth of the time. What it gives up: it needs torch.distributed for itself, and the
+ranks of a stage other than the first, which holds the most, are not planned.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,68 +21,32 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ..configuration_kimi_k2 import KimiK2Config
 from ..optim import MuonClip
-from ..optim.distributed import assign_owners, is_whole, local
-from ..optim.muon import Task, step_local
+from ..optim.distributed import is_whole, local
+from ..optim.muon import Task
 from .layout import Layout
 from .model import lay_out
-
-Ranks = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """One group of parameters that FSDP2 gathers and reduces together.
-
-    Attributes:
-        name: of its first module.
-        numel: elements of the whole group, padded for even shards.
-        storage, gather, reduce: bytes an element has in storage, gathered, and in a gradient under way.
-        shard_ranks, replica_ranks: who it is cut over, and who has the same cut.
-        keeps: stays gathered between forward and backward.
-    """
-
-    name: str
-    numel: int
-    storage: int
-    gather: int
-    reduce: int
-    shard_ranks: Ranks
-    replica_ranks: Ranks
-    keeps: bool
+from .parts import Cut, Gathered, Part, Share, add_up
 
 
-@dataclass(frozen=True)
-class Share:
-    """The first rank of a pipeline stage: bytes that stay, and what the collectives need to know.
+class Kinds(NamedTuple):
+    """One part of each kind, on the first rank of its stage, with ranks counted from there."""
 
-    Attributes:
-        num_parameters: of the whole stage, over all ranks.
-        weights, gradients, optimizer, buffers: local bytes; gradients in the parameters' dtype. `buffers` holds FSDP2's
-            padding.
-        groups: FSDP2's parameter groups; empty where nothing is sharded.
-        step_workspace: peak of what MuonClip allocates to step the matrices that are whole on the rank.
-        muon_sent: bytes that MuonClip sends for matrices that are cut.
-        data_ranks, expert_ranks: ranks that the stage's weights, and its routed experts, are dealt out to.
-        num_heads: attention heads of all layers, whose largest logits are compared after a step.
-    """
+    embed: Part
+    dense: Part | None
+    moe: Part | None
+    head: Part
 
-    rank: int
-    num_parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    buffers: int
-    groups: tuple[Gathered, ...]
-    step_workspace: int
-    muon_sent: int
-    data_ranks: Ranks
-    expert_ranks: Ranks
-    num_heads: int
+    def stage(self, num_dense: int, num_moe: int, is_first: bool, is_last: bool) -> list[Part]:
+        """The parts of a stage with so many layers, in the model's order."""
+        parts = [self.embed] * is_first
+        for part, count in ((self.dense, num_dense), (self.moe, num_moe)):
+            if count:
+                assert part is not None
+                parts += [part] * count
+        return parts + [self.head] * is_last
 
 
 @contextmanager
@@ -113,7 +77,7 @@ def share_of(
     optimizer: str,
     options: Mapping[str, Any],
 ) -> Share:
-    """Lay out `rank`'s share and measure it.
+    """Lay out all layers of `rank` and measure them.
 
     Args:
         optimizer: `muon_clip` or `adamw`.
@@ -122,33 +86,95 @@ def share_of(
     Raises:
         ValueError: the layout does not fit the configuration.
     """
+    parts = measure(config, layout, rank, dtype, mixed_precision, optimizer, options)
+    return add_up(list(parts.values()), layout, rank)
+
+
+def layer_kinds(
+    config: KimiK2Config,
+    layout: Layout,
+    dtype: torch.dtype,
+    mixed_precision: bool,
+    optimizer: str,
+    options: Mapping[str, Any],
+) -> Kinds:
+    """One layer of each kind, the embedding and the head, as the first rank of a stage holds them; see `share_of`.
+
+    The number of stages does not matter, but whether there are several may.
+    """
+    num_dense = min(config.first_k_dense_replace or 0, config.num_hidden_layers)
+    has_dense, has_moe = num_dense > 0, num_dense < config.num_hidden_layers
+    # Without shards a model is wrapped only if it has stages: two stages then, each with as many layers.
+    num_stages = 2 if layout.pipeline > 1 and layout.shard == 1 else 1
+    num_layers = num_stages * (has_dense + has_moe)
+    small = KimiK2Config.from_dict(
+        config.to_dict()
+        | {
+            "num_hidden_layers": num_layers,
+            "first_k_dense_replace": has_dense * (1 if has_moe else num_layers),
+        }
+    )
+    layout = dataclasses.replace(layout, pipeline=num_stages)
+    first = measure(small, layout, 0, dtype, mixed_precision, optimizer, options)
+    last = first
+    if num_stages > 1:
+        last = measure(small, layout, layout.data_size, dtype, mixed_precision, optimizer, options)
+    head = last["head"]
+    offset = (1 - num_stages) * layout.data_size
+    return Kinds(
+        embed=first["embed"],
+        dense=first["layers.0"] if has_dense else None,
+        moe=first[f"layers.{int(has_dense)}"] if has_moe else None,
+        head=dataclasses.replace(head, groups=tuple(group.moved(offset) for group in head.groups)),
+    )
+
+
+def measure(
+    config: KimiK2Config,
+    layout: Layout,
+    rank: int,
+    dtype: torch.dtype,
+    mixed_precision: bool,
+    optimizer: str,
+    options: Mapping[str, Any],
+) -> dict[str, Part]:
+    """The parts that `rank` holds: `embed`, `layers.0` and so on, `head`; see `share_of`."""
     layout.check(config, layout.world_size)
     with fake_world(rank, layout.world_size):
         model = lay_out(config, layout, dtype, mixed_precision)
-        parameters = list(model.parameters())
-        gradients = sum(local(parameter).nbytes for parameter in parameters)
-        groups = tuple(_gathered(model))
-        held = sum(group.numel // len(group.shard_ranks) * group.storage for group in groups)
-        stepped = _optimizer(model, optimizer, options)
-        first = layout.stage(rank) * layout.data_size
-        expert_first = rank - layout.data_rank(rank) % layout.shard % layout.expert
-        return Share(
-            rank=rank,
-            num_parameters=sum(parameter.numel() for parameter in parameters),
-            weights=gradients,
-            gradients=gradients,
-            optimizer=stepped.state,
-            buffers=sum(buffer.nbytes for buffer in model.buffers()) + (held - gradients if groups else 0),
-            groups=groups,
-            step_workspace=stepped.workspace,
-            muon_sent=stepped.sent,
-            data_ranks=tuple(range(first, first + layout.data_size)),
-            expert_ranks=tuple(range(expert_first, expert_first + layout.expert)),
-            num_heads=stepped.num_heads,
-        )
+        names = {id(parameter): _part(name) for name, parameter in model.named_parameters()}
+        found = {name: Part(0, 0, 0, 0, 0, (), (), (), 0) for name in dict.fromkeys(names.values())}
+
+        def add(name: str, **values: Any) -> None:
+            part = found[name]
+            found[name] = dataclasses.replace(
+                part, **{field: getattr(part, field) + value for field, value in values.items()}
+            )
+
+        for parameter in model.parameters():
+            routed = parameter.numel() if parameter.ndim == 3 else 0
+            size = local(parameter).nbytes
+            add(names[id(parameter)], num_parameters=parameter.numel(), num_routed=routed, weights=size)
+        for name, buffer in model.named_buffers():
+            if (part := _part(name)) in found:
+                add(part, buffers=buffer.nbytes)
+        for parameters, group in _gathered(model):
+            (name,) = {names[id(parameter)] for parameter in parameters}
+            held = group.numel // len(group.shard_ranks) * group.storage
+            padding = held - sum(local(parameter).nbytes for parameter in parameters)
+            add(name, groups=(group,), buffers=padding)
+        _step(model, layout, optimizer, options, names, add)
+        return found
 
 
-def _gathered(model: nn.Module) -> Iterator[Gathered]:
+def _part(name: str) -> str:
+    if "layers." in name:
+        return "layers." + name.split("layers.")[1].split(".")[0]
+    return "embed" if "embed_tokens" in name else "head" if "rotary" not in name else "tables"
+
+
+def _gathered(model: nn.Module) -> Iterator[tuple[list[Tensor], Gathered]]:
+    """FSDP2's parameter groups, each with its parameters."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -164,109 +190,66 @@ def _gathered(model: nn.Module) -> Iterator[Gathered]:
             place = (mesh == dist.get_rank()).nonzero()[0].tolist()
             shard = mesh if mesh.ndim == 1 else mesh[place[0]]
             replicas = mesh[:, place[1]] if mesh.ndim == 2 else mesh[place[0] : place[0] + 1]
-            yield Gathered(
-                name=name,
-                numel=sum(p.padded_sharded_param_size.numel() for p in group.fsdp_params) * shard.numel(),
-                storage=stored.itemsize,
-                gather=gather.itemsize,
-                reduce=(group.mp_policy.reduce_dtype or gather).itemsize,
-                shard_ranks=tuple(shard.tolist()),
-                replica_ranks=tuple(replicas.tolist()),
-                # FSDP2 leaves the root gathered too: its backward comes at once.
-                keeps=group.post_forward_mesh_info is None or not name,
+            parameters: list[Tensor] = [p.sharded_param for p in group.fsdp_params]
+            yield (
+                parameters,
+                Gathered(
+                    numel=sum(p.padded_sharded_param_size.numel() for p in group.fsdp_params) * shard.numel(),
+                    storage=stored.itemsize,
+                    gather=gather.itemsize,
+                    reduce=(group.mp_policy.reduce_dtype or gather).itemsize,
+                    shard_ranks=tuple(shard.tolist()),
+                    replica_ranks=tuple(replicas.tolist()),
+                    # FSDP2 leaves the root gathered too: its backward comes at once.
+                    keeps=group.post_forward_mesh_info is None or not name,
+                ),
             )
 
 
-class _Stepped(NamedTuple):
-    state: int
-    workspace: int
-    sent: int
-    num_heads: int
-
-
-def _optimizer(model: nn.Module, optimizer: str, options: Mapping[str, Any]) -> _Stepped:
-    """Make the optimizer's state as the first step does, and run the part of that step that needs nobody else."""
+def _step(
+    model: nn.Module,
+    layout: Layout,
+    optimizer: str,
+    options: Mapping[str, Any],
+    names: Mapping[int, str],
+    add: Any,
+) -> None:
+    """Make the optimizer's state as the first step does, and note what MuonClip would compute where."""
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     if optimizer == "adamw":
-        kept = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+        kept: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
         kept.step()
-        return _Stepped(_state_bytes(kept), 0, 0, 0)
-    muon = MuonClip.for_model(model, lr=1e-3, **options)
-    tasks: list[tuple[Tensor, Task]] = []
-    with torch.no_grad():
-        for group in muon.param_groups:
-            if group["algorithm"] == "adamw":
-                muon._adamw(group, group["params"])
-            else:
-                names = group["param_names"]
-                tasks += [(p, muon._task(n, p, group)) for n, p in zip(names, group["params"], strict=True)]
-        state = _state_bytes(muon)
-        whole = [task for parameter, task in tasks if is_whole(parameter)]
-        kept_tensors = [t for task in whole for t in (task.weight, task.grad, task.momentum, task.copy)]
-        with Peak(tensor for tensor in kept_tensors if tensor is not None) as peak:
-            step_local(whole)
-    num_heads = sum(item.rows.num_heads for item in muon._attention.values())
-    muon.close()
-    return _Stepped(state, peak.bytes, _sent(tasks), num_heads)
+    else:
+        kept = muon = MuonClip.for_model(model, lr=1e-3, **options)
+        first = layout.stage(dist.get_rank()) * layout.data_size
+        with torch.no_grad():
+            for number, group in enumerate(muon.param_groups):
+                if group["algorithm"] == "adamw":
+                    muon._adamw(group, group["params"])
+                    continue
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    task = muon._task(name, parameter, group)
+                    part = names[id(parameter)]
+                    if is_whole(parameter) and (isinstance(parameter, DTensor) or layout.data_size == 1):
+                        add(part, whole=((number, task),))
+                    else:
+                        add(part, cuts=((number, _cut(parameter, task, layout, first)),))
+        for name, item in muon._attention.items():
+            add(_part(name), num_heads=item.rows.num_heads)
+        muon.close()
+    for parameter, state in kept.state.items():
+        tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
+        add(names[id(parameter)], optimizer=sum(tensor.nbytes for tensor in tensors))
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    tensors = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(local(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _sent(tasks: list[tuple[Tensor, Task]]) -> int:
-    """What this rank sends in optim.distributed.step_shared, from the same owners, without asking for every piece."""
-    shared: dict[Ranks, list[tuple[DTensor, Task]]] = {}
-    for parameter, task in tasks:
-        if isinstance(parameter, DTensor) and not is_whole(parameter):
-            ranks = tuple(parameter.device_mesh.mesh.flatten().tolist())
-            shared.setdefault(ranks, []).append((parameter, task))
-    sent = 0
-    for ranks, items in shared.items():
-        here = ranks.index(dist.get_rank())
-        owners = assign_owners([task.cost for _, task in items], len(ranks))
-        for (parameter, task), owner in zip(items, owners, strict=True):
-            piece, mesh = local(parameter).numel(), parameter.device_mesh
-            replicas = math.prod(
-                mesh.size(step)
-                for step, placement in enumerate(parameter.placements)
-                if placement.is_replicate()
-            )
-            size = len(ranks) // replicas
-            if owner == here:
-                sent += (replicas * parameter.numel() - piece) * task.dtype.itemsize
-            elif owner // size == here // size:
-                sent += piece * task.dtype.itemsize
-    return sent
-
-
-class Peak(TorchDispatchMode):
-    """The largest sum of bytes that were allocated inside and alive at one time.
-
-    Args:
-        existing: tensors that were there before.
-    """
-
-    def __init__(self, existing: Iterator[Tensor] | Any = ()) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._now = 0
-        self._alive = {tensor.untyped_storage()._cdata for tensor in existing}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count storage that is new."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._alive:
-                storage = tensor.untyped_storage()
-                self._alive.add(key)
-                self._now += storage.nbytes()
-                self.bytes = max(self.bytes, self._now)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return result
-
-    def _freed(self, key: int, num_bytes: int) -> None:
-        self._alive.discard(key)
-        self._now -= num_bytes
+def _cut(parameter: Tensor, task: Task, layout: Layout, first: int) -> Cut:
+    ranks, replicas = tuple(range(layout.data_size)), layout.data_size
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        ranks = tuple(rank - first for rank in mesh.mesh.flatten().tolist())
+        replicas = math.prod(
+            mesh.size(step) for step, placement in enumerate(parameter.placements) if placement.is_replicate()
+        )
+    piece = local(parameter).numel()
+    return Cut(task.cost, parameter.numel(), piece, task.dtype.itemsize, ranks, replicas)

@@ -7,16 +7,17 @@ and backward passes; the other kinds follow from the shapes that travel. Counted
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .share import Gathered, Ranks, Share
+from .parts import Ranks, Share
 
 KINDS = {
     "fsdp_forward": "FSDP all-gather, forward",
     "fsdp_backward": "FSDP all-gather, backward",
     "fsdp_reduce": "FSDP reduce-scatter",
-    "hsdp_reduce": "HSDP all-reduce",
+    "hsdp_reduce": "copies' all-reduce",
     "expert_forward": "experts' all-to-all, forward",
     "expert_backward": "experts' all-to-all, backward",
     "pipeline": "pipeline send",
@@ -41,24 +42,27 @@ class Wire:
         return Wire(self.intra + other.intra, self.inter + other.inter)
 
 
-def schedule(num_micro_batches: int, stage: int, num_stages: int) -> list[str]:
-    """The order of forward (F) and backward (B) passes of a stage under 1F1B."""
+def schedule(num_micro_batches: int, stage: int, num_stages: int, kind: str = "1f1b") -> list[str]:
+    """The order of forward (F) and backward (B) passes of a stage; with one stage they alternate in any schedule."""
+    if kind == "gpipe" and num_stages > 1:
+        return ["F"] * num_micro_batches + ["B"] * num_micro_batches
     ahead = min(num_micro_batches, num_stages - stage)
     steady = ["B", "F"] * (num_micro_batches - ahead)
     return ["F"] * ahead + steady + ["B"] * ahead
 
 
-def count_gathers(group: Gathered, passes: Sequence[str], keeps_after_backward: bool) -> tuple[int, int]:
+def count_gathers(keeps: bool, passes: Sequence[str], keeps_after_backward: bool) -> tuple[int, int]:
     """How often FSDP2 gathers a group in forward and in backward passes; recomputing a layer adds nothing.
 
     Args:
+        keeps: the group stays gathered after a forward pass.
         keeps_after_backward: as torch's pipeline stages set it, until the last micro-batch of a run.
     """
     gathered, forward, backward = False, 0, 0
     for kind in passes:
         if kind == "F":
             forward += not gathered
-            gathered = group.keeps
+            gathered = keeps
         else:
             backward += not gathered
             gathered = keeps_after_backward
@@ -92,14 +96,17 @@ def wires(
     """
     found = dict.fromkeys(KINDS, Wire())
     node = gpus_per_node
-    for group in share.groups:
-        whole = group.numel
-        forward, backward = count_gathers(group, passes, keeps_after_backward)
+    gathers = {keeps: count_gathers(keeps, passes, keeps_after_backward) for keeps in (False, True)}
+    for group, count in Counter(share.groups).items():
+        whole = group.numel * count
+        forward, backward = gathers[group.keeps]
         found["fsdp_forward"] += ring(whole * group.gather * forward * num_runs, group.shard_ranks, node)
         found["fsdp_backward"] += ring(whole * group.gather * backward * num_runs, group.shard_ranks, node)
         reduced = whole * group.reduce * num_reductions
         found["fsdp_reduce"] += ring(reduced, group.shard_ranks, node)
         found["hsdp_reduce"] += ring(2 * reduced / len(group.shard_ranks), group.replica_ranks, node)
+    if not share.groups:  # DDP reduces copies once a step
+        found["hsdp_reduce"] += ring(2 * share.gradients, share.data_ranks, node)
     num_micro_batches = passes.count("F") * num_runs
     if len(share.expert_ranks) > 1:
         rows = tokens * top_k * row_bytes * imbalance * 2  # there and back
