@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, MuonClip, experts, padded_sdpa
-from transformers_k2.recompute import apply_recompute
+from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, MuonClip, experts, padded_sdpa, recompute
+from transformers_k2.recompute import _Offloaded, apply_recompute
 
 SELECTIVE = ("norms", "swiglu", "mla_up", "moe_down")
 CHOICES: list[Sequence[str]] = [(), *[(name,) for name in SELECTIVE[:3]], SELECTIVE, ("full",)]
@@ -98,18 +98,29 @@ def kept(model: KimiK2ForCausalLM, names: Sequence[str], offload: bool = False) 
     return size
 
 
-@pytest.mark.parametrize("names", CHOICES, ids="+".join)
-@pytest.mark.parametrize("offload", [False, True], ids=["kept", "offload"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_gradients_are_equal(
-    model: KimiK2ForCausalLM, names: Sequence[str], offload: bool, autocast: bool
-) -> None:
-    for attention in ("padded_sdpa",) if autocast else ("sdpa", "eager", "padded_sdpa"):
-        model.set_attn_implementation(attention)
-        plain = gradients(model, autocast)
-        handle = apply_recompute(model, names, offload)
-        assert equal(gradients(model, autocast), plain), attention
-        handle.remove()
+@pytest.mark.parametrize(
+    ("names", "way"),
+    [
+        *[(names, "kept") for names in CHOICES[1:]],
+        *[
+            (names, way)
+            for names in (SELECTIVE, ("full",))
+            for way in ("autocast", "offload", "sdpa", "eager")
+        ],
+        ((), "offload"),
+        ((), "autocast+offload"),
+        (SELECTIVE, "autocast+offload"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_gradients_are_equal(model: KimiK2ForCausalLM, names: Sequence[str], way: str) -> None:
+    """Every choice, and all together in every way to run it."""
+    autocast, offload = "autocast" in way, "offload" in way
+    model.set_attn_implementation(way if way in ("sdpa", "eager") else "padded_sdpa")
+    plain = gradients(model, autocast)
+    handle = apply_recompute(model, names, offload)
+    assert equal(gradients(model, autocast), plain)
+    handle.remove()
 
 
 def test_bytes_by_name(model: KimiK2ForCausalLM) -> None:
@@ -118,11 +129,13 @@ def test_bytes_by_name(model: KimiK2ForCausalLM) -> None:
     model.loss_chunk_tokens = 8
     plain, tokens, layers = kept(model, ()), 39 * 4, 3
     saved = {name: plain - kept(model, (name,)) for name in SELECTIVE}
-    hidden, q_rank, kv_rank, heads, qk = 72, 56, 24, 4, 32
+    hidden, q_rank, kv_rank, heads, qk, rope = 72, 56, 24, 4, 32, 12
     # A norm's normalised input and its output; the last norm's output goes into the loss, which keeps nothing.
     assert saved["norms"] >= tokens * (2 * layers * (2 * hidden + q_rank + kv_rank) - hidden)
-    # Queries and values, which the padding widens; upstream writes the keys into place, so they stay.
-    assert saved["mla_up"] >= tokens * layers * heads * 2 * qk - 100  # the padding's zero, the sines' views
+    # Queries, keys and values, which the padding widens; kept instead: the rotated part that all heads' keys share.
+    assert (
+        saved["mla_up"] >= tokens * layers * (heads * 3 * qk - rope) - 100
+    )  # the padding's zero, the sines' views
     # silu(gate) and the product, of one dense layer and two shared experts.
     assert saved["swiglu"] >= tokens * 2 * (88 + 2 * 40)
     assert saved["moe_down"] == 0  # never kept by these experts:
@@ -230,6 +243,19 @@ def test_unusable_choices(model: KimiK2ForCausalLM, tiny_config: Callable[..., K
 # -- two processes
 
 
+def offloaded() -> list[int]:
+    """The sizes of all storages that are offloaded from now on."""
+    sizes: list[int] = []
+
+    class Counting(_Offloaded):
+        def __init__(self, storage: torch.UntypedStorage) -> None:
+            sizes.append(storage.nbytes())
+            super().__init__(storage)
+
+    vars(recompute)["_Offloaded"] = Counting
+    return sizes
+
+
 def run_rank(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -243,8 +269,11 @@ def run_rank(rank: int, folder: Path) -> None:
             model.loss_chunk_tokens = chunk
             plain = gradients(model)
             for names, offload in ((SELECTIVE, False), (SELECTIVE, True), (("full",), False)):
-                handle = apply_recompute(model, names, offload)
+                handle, copied = apply_recompute(model, names, offload), offloaded()
                 assert equal(gradients(model), plain), (sizes, chunk, names, offload)
+                assert bool(copied) == offload
+                # No weight of the routed experts, here or gathered: of one or of two processes' experts.
+                assert not set(copied) & {n * 4 * 72 * width for n in (3, 6) for width in (40, 80)}
                 handle.remove()
             torch.save(plain, folder / f"{len(sizes)} {chunk} {rank}.pt")
     dist.destroy_process_group()

@@ -136,12 +136,13 @@ class _Groups:
         inverse[order] = torch.arange(order.shape[0], device=device)
         ends = torch.searchsorted(experts, torch.arange(num_experts, device=device), right=True)
         self.order, self.inverse, self.offsets = order, inverse, ends.int()
+        self.tokens = order // index.shape[1]
         self.grouped = _has_grouped_mm(device, dtype)
         self.ends = [] if self.grouped else ends.tolist()
 
     def gather(self, values: Tensor) -> Tensor:
         """[tokens, n] -> [pairs, n]: each pair's token."""
-        return self._clean(values[self.order // self.shape[1]])
+        return self._clean(values.index_select(0, self.tokens))
 
     def rows(self, weights: Tensor) -> Tensor:
         """[tokens, k] -> [pairs, 1]."""
@@ -153,8 +154,13 @@ class _Groups:
 
     def scatter(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """[pairs, n] -> [tokens, n]: the sum over each token's experts, weighted by [tokens, k] if given, as float32."""
-        values = values[self.inverse].view(*self.shape, values.shape[1])
         dtype = torch.promote_types(values.dtype, torch.float32)
+        if values.device.type == "cpu" and values.dtype == dtype:
+            # One pass, where the code below writes the rows in the order of tokens first.
+            weights = None if weights is None else weights.to(dtype)
+            places = self.inverse.view(self.shape)
+            return F.embedding_bag(places, values, mode="sum", per_sample_weights=weights)
+        values = values[self.inverse].view(*self.shape, values.shape[1])
         if weights is None:
             return values.sum(1, dtype=dtype)
         return torch.bmm(weights[:, None].to(dtype), values.to(dtype)).squeeze(1)

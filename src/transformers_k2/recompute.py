@@ -5,13 +5,13 @@ go. While the model's forward runs, a dispatch mode notes for the tensors made i
 made: the operation and its arguments. Where autograd, or a custom function, then saves such a tensor or a view of it, a
 saved-tensor hook keeps the note instead. In the backward pass the note is worked off once, for all that ask, out of the
 same operations on the same values: the gradients are equal bit for bit. Cheap operations on noted tensors (casts,
-concatenations, rotations: CHEAP) are noted too, so that with `mla_up` the queries and values which attention saves come
-from the latents again. The keys stay: upstream writes them piece by piece into an empty tensor. Arguments that are not
-noted themselves are kept, and watched: changing one in place before the backward pass is an error, as it is for autograd.
+concatenations, rotations: CHEAP) are noted too, so that with `mla_up` the queries, keys and values which attention saves
+come from the latents again. Arguments that are not noted themselves are kept, and watched: changing one in place before
+the backward pass is an error, as it is for autograd.
 
 What is freed, by name:
   norms     all RMS norms with their inside; every norm's input stays (mostly saved anyhow)
-  mla_up    q_b_proj, kv_b_proj and what is made of them up to the attention product, less the keys; each product twice
+  mla_up    q_b_proj, kv_b_proj and what is made of them up to the attention product; each product twice
   swiglu    the product of gate and up in the dense layers and shared experts; routed experts do so by themselves
   moe_down  the output of the routed experts' down projection: never kept by experts_implementation "k2", which is needed
   full      everything in a decoder layer but its input: transformers' gradient checkpointing, without re-entry
@@ -29,9 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from .experts import NAME as EXPERTS
 
@@ -94,6 +96,7 @@ class Recompute:
         ]
         self._full = "full" in names
         self._offload = offload
+        self._attentions: list[nn.Module] = []
         chosen = [module for name in sorted(names - {"full"}) for module in _modules(model, name)]
         if self._full:
             if not self._layers:
@@ -104,6 +107,16 @@ class Recompute:
             self._handles.append(model.register_forward_hook(self._leave, always_call=True))
             # What a layer has made is consumed inside of it; notes that nobody asked for go with it.
             self._handles += [layer.register_forward_hook(self._forget) for layer in self._layers]
+        if offload:
+            # After FSDP's own hooks: by then the whole weights are in their places.
+            owners = [
+                module for module in model.modules() if next(module.parameters(False), None) is not None
+            ]
+            self._handles += [module.register_forward_pre_hook(self._own) for module in owners]
+        if "mla_up" in names:
+            self._attentions = [module for module in model.modules() if type(module) is DeepseekV3Attention]
+        for module in self._attentions:
+            module.__class__ = _Attention
         for module in chosen:
             self._handles.append(module.register_forward_pre_hook(self._open))
             self._handles.append(module.register_forward_hook(self._close, always_call=True))
@@ -113,6 +126,9 @@ class Recompute:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._attentions:
+            module.__class__ = DeepseekV3Attention
+        self._attentions.clear()
         if self._full:
             self._checkpoint(False)
             self._full = False
@@ -137,6 +153,12 @@ class Recompute:
         if self._frames:
             self._frames[-1].notes.clear()
 
+    def _own(self, module: nn.Module, args: Any) -> None:
+        if self._frames:
+            for weight in module.parameters(recurse=False):
+                values = weight.to_local() if isinstance(weight, DTensor) else weight
+                self._frames[-1].parameters.add(values.untyped_storage()._cdata)
+
     def _open(self, module: nn.Module, args: Any) -> None:
         if self._frames:
             self._frames[-1].depth += 1
@@ -144,6 +166,17 @@ class Recompute:
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._frames:
             self._frames[-1].depth -= 1
+
+
+class _Attention(DeepseekV3Attention):
+    """Upstream's, whose keys are made in one operation: it writes them piece by piece into an empty tensor."""
+
+    def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [b, 1, s, rank] and rotated keys [b, 1, s, d] -> keys and values [b, heads, s, ...], `torch.equal`."""
+        widths = [self.qk_nope_head_dim, self.v_head_dim]
+        both = self.kv_b_proj(kv_nope).unflatten(-1, (-1, sum(widths))).squeeze(1).transpose(1, 2)
+        k_nope, values = both.split(widths, dim=-1)
+        return torch.cat((k_nope, k_rot.expand(-1, both.shape[1], -1, -1)), dim=-1), values
 
 
 def _checkpoint(function: Any, *args: Any) -> Any:
@@ -316,15 +349,11 @@ class _Frame(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         considered = self.depth > 0 or func in CHEAP
-        if not considered and not self.offload:
+        if not considered:
             return output
         tensors = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
-        self.parameters |= {
-            value.untyped_storage()._cdata for value in tensors if type(value) is nn.Parameter
-        }
         if (
-            considered
-            and not func._schema.is_mutable
+            not func._schema.is_mutable
             and torch.Tag.nondeterministic_seeded not in func.tags
             and all(map(_is_plain, (output, *tensors)))
             and (self.depth > 0 or any(self.find(value) for value in tensors))
