@@ -64,12 +64,13 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         _barrier()
-        tensors, scalars = _optimizer_state(model, optimizer)
         weights = {
             _MODEL + name: tensor
             for name, tensor in model.state_dict(keep_vars=True).items()
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         }
+        # After state_dict, which shards again what FSDP2 has left whole after an evaluation.
+        tensors, scalars = _optimizer_state(model, optimizer)
         save_shards(partial, weights | tensors, writes_plain=self.layout.data_rank(rank) == 0)
         gathered: list[dict[str, Any]] = [scalars]
         if dist.is_initialized() and self.layout.pipeline > 1:
@@ -149,7 +150,9 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, 
     """Tensors by "optimizer.<parameter>/<entry>", and what is no tensor by parameter."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    assert optimizer.state.keys() <= set(parameters.values())
+    for name, parameter in parameters.items():
         for leaf, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{_OPTIMIZER}{name}/{leaf}"] = value

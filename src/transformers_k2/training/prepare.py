@@ -6,11 +6,13 @@ Each function is public, so that a script with its own ideas can take some of th
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     PreTrainedModel,
@@ -51,6 +53,7 @@ def build_config(recipe: Recipe) -> KimiK2Config:
         assert section.weights is not None
         values = AutoConfig.from_pretrained(section.weights).get_text_config().to_dict()
         values.pop("model_type", None)
+    values.pop("quantization_config", None)  # of the published files; what trains is float
     config = KimiK2Config.from_dict({**values, **section.overrides})
     vocab_size, trained = config.vocab_size, recipe.tokenizer.vocab_size
     if trained is not None and trained != vocab_size:
@@ -94,12 +97,14 @@ def prepare_model(
     config._attn_implementation = recipe.model.attention
     training, weights = recipe.training, recipe.model.weights
     dtype, compute = getattr(torch, training.weights_dtype), getattr(torch, training.dtype)
-    source = RandomWeights(config, training.seed) if weights is None else CheckpointWeights(weights)
+    source = RandomWeights(config, training.seed) if weights is None else CheckpointWeights(_folder(weights))
     model: Any
     if isinstance(recipe.quantization, NF4):
         model = load_quantised(config, layout, source, recipe.quantization, dtype, compute)
     else:
-        model = build_model(config, layout, source, dtype, mixed_precision=training.dtype == "bfloat16")
+        # Accelerate shards a model that every process holds whole.
+        built = Layout(layout.world_size) if recipe.parallel.engine == "accelerate" else layout
+        model = build_model(config, built, source, dtype, mixed_precision=training.dtype == "bfloat16")
     if recipe.model.experts is not None:
         model.set_experts_implementation(recipe.model.experts)
     model.loss_chunk_tokens = recipe.memory.loss_chunk_tokens
@@ -110,6 +115,19 @@ def prepare_model(
     if recipe.memory.recompute or recipe.memory.offload:
         apply_recompute(model, recipe.memory.recompute, offload=recipe.memory.offload)
     return model
+
+
+def _folder(weights: str) -> Path:
+    """Of weights that are a folder, or a hub name, whose files are fetched once a node."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    wanted = ["*.safetensors", "*.json"]
+    if (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    ):  # the first process of each node fetches, the others find the files
+        snapshot_download(weights, allow_patterns=wanted)
+    machine.barrier()
+    return Path(snapshot_download(weights, allow_patterns=wanted))
 
 
 def step_plan(recipe: Recipe, data: Data, layout: Layout) -> StepPlan:

@@ -167,6 +167,9 @@ class ParallelSection:
     shard: Count | Literal["all"]
     expert: Count
     schedule: Literal["1f1b", "gpipe"]
+    micro_batches_per_run: (
+        Count | None
+    )  # of a pipeline: receive buffers exist for so many; null: for all of a step
 
 
 @dataclass(frozen=True)
@@ -393,6 +396,11 @@ def _check(recipe: Recipe, source: str) -> None:
         parallel.engine == "transformers" or (parallel.pipeline == 1 and parallel.expert == 1),
         f"parallel.engine is 'accelerate', which has neither pipeline stages ({parallel.pipeline}) nor expert parallelism "
         f"({parallel.expert}): expected 1 of both, or the engine transformers.",
+    )
+    demand(
+        parallel.engine == "transformers" or parallel.shard == "all",
+        f"parallel.engine is 'accelerate', which shards over all processes, but parallel.shard is {parallel.shard}: "
+        "expected all.",
     )
     demand(
         "full" not in recipe.memory.recompute or len(recipe.memory.recompute) == 1,

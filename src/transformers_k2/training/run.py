@@ -152,9 +152,7 @@ class Run:
         if machine.rank() != 0:
             return ""
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        reloaded = AutoModelForCausalLM.from_pretrained(self.folder, device_map=self.trainer.args.device)
-        reloaded.set_experts_implementation(self.model.config._experts_implementation)
-        reloaded.set_attn_implementation(self.model.config._attn_implementation)
+        reloaded = self._reload()
         with torch.no_grad():
             output = reloaded.eval()(
                 **{key: value.to(reloaded.device) for key, value in batch.items()}, use_cache=False
@@ -174,6 +172,22 @@ class Run:
             )
         return _sample(self.recipe, reloaded, tokenizer)
 
+    def _reload(self) -> Any:
+        """The model in the folder; an adapter on the base that it names, through PEFT."""
+        weights: Any = self.folder if self.recipe.adapter is None else self.recipe.model.weights
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            weights,
+            device_map=self.trainer.args.device,
+            dtype=getattr(torch, self.recipe.training.weights_dtype),  # a base may be stored in another
+        )
+        model.set_experts_implementation(self.model.config._experts_implementation)
+        model.set_attn_implementation(self.model.config._attn_implementation)
+        if self.recipe.adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(self.folder))
+        return model
+
     def _phase_begins(self, number: int) -> None:
         context = self.recipe.context
         if context is not None and (scaling := context.stages[number].rope_scaling) is not None:
@@ -192,7 +206,8 @@ def count_parameters(config: Any, recipe: Recipe) -> tuple[int, int]:
 @torch.no_grad()
 def _loss_and_logits(trainer: RecipeTrainer, batch: dict[str, Any], has_adapter: bool) -> tuple[Any, Any]:
     """Of the trained model on one batch that every process gives; logits where no process lacks a part of it."""
-    model: Any = trainer.model
+    # Without the autocast that Accelerate wrapped around its forward: what is saved knows nothing of it.
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     inputs = trainer._prepare_inputs(batch)
     model.eval()
     if trainer.pipeline is not None:

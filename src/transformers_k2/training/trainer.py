@@ -66,8 +66,9 @@ class RecipeTrainer(Trainer):
         self.spike_guard, self.phase_begins = spike_guard, phase_begins
         self._phase = -1
         self._resumed_from: Path | None = None
-        if pipeline is not None and balance is not None:  # its micro-batches pass through the model one at a time
-            self.model.register_forward_pre_hook(self._leave_padding_out, with_kwargs=True)
+        if pipeline is not None and balance is not None:
+            # Its micro-batches pass through the model one at a time.
+            pipeline.model.register_forward_pre_hook(self._leave_padding_out, with_kwargs=True)
         self._micro_batch = 0
         self._step_loss = torch.zeros((), device=self.args.device)
 
@@ -100,10 +101,9 @@ class RecipeTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.layout.shard > 1 and not any(
-            isinstance(parameter, DTensor) for parameter in self.model.parameters()
-        ):
-            demand_sharded(self.model)
+        model: Any = self.model
+        if self.layout.shard > 1 and not any(isinstance(item, DTensor) for item in model.parameters()):
+            demand_sharded(model)
         return prepared
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
