@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(text: Path, undisturbed: Path, 
     assert_same(run.output, undisturbed)
 
 
-GUARD = ("training.spike_guard={window: 3, factor: 5.0, max_skips: 2}",)
+GUARD = ("training.spike_guard={window: 4, factor: 5.0, max_skips: 2}",)
 
 
 @pytest.mark.slow
@@ -265,8 +265,8 @@ def test_a_spike_is_skipped_and_remembered(text: Path, tmp_path: Path) -> None:
     again.before = functools.partial(poison, 2, 2, 50.0)  # it goes on at step 2
     again.finish()
     assert same_weights(again.output, whole.output)
-    stubborn = Run(text, tmp_path / "stubborn", GUARD, before=functools.partial(poison, 3, 5, 50.0))
+    stubborn = Run(text, tmp_path / "stubborn", GUARD, before=functools.partial(poison, 4, 5, 50.0))
     assert stubborn() == [1]
-    assert "Training stopped at step 5: 2 steps in a row had a loss above" in stubborn.log().replace(
+    assert "Training stopped at step 6: 2 steps in a row had a loss above" in stubborn.log().replace(
         "\n", " "
     )
