@@ -26,11 +26,9 @@ from transformers_k2.training.token_cache import build_cache, encode_texts, spli
 
 STAGES = ("parallel.pipeline=2", "training.micro_batch_size=2")
 # name -> processes, overrides. A step has 8 rows; 9 rows are held out, which no number of processes divides.
-QUICK = {
+LAYOUTS = {
     "shards": (2, ["parallel.shard=all"]),
-    "stages": (2, [*STAGES]),
-}
-SLOW = {
+    "stages, some at a time": (2, [*STAGES, "parallel.micro_batches_per_run=3"]),
     "copies": (2, []),
     "copies, accumulated": (2, ["training.micro_batch_size=2"]),
     "experts": (2, ["parallel.shard=all", "parallel.expert=2"]),
@@ -75,26 +73,41 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert [step[: len(mine[0])] for step in its] == mine  # rank 0 of stages counts its own layers
 
 
-def check(name: str, one: Path) -> None:
-    num_processes, overrides = (QUICK | SLOW)[name]
-    run = Run(
-        one.parent / "text.txt",
-        one.parent / name.replace(", ", " ").replace(" ", "_"),
-        overrides,
-        num_processes,
-    )
+def in_layout(name: str, one: Path) -> Run:
+    num_processes, overrides = LAYOUTS[name]
+    output = one.parent / name.replace(", ", " ").replace(" ", "_")
+    return Run(one.parent / "text.txt", output, overrides, num_processes)
+
+
+def test_shards_are_one_process(one: Path) -> None:
+    assert_same_run(in_layout("shards", one).finish(), one)
+
+
+def announce_pipeline_runs() -> None:
+    from transformers_k2.parallel.pipeline import Pipeline
+
+    run_even = Pipeline._run_even
+
+    def announced(self: Any, batch: Any, size: int, scale: Any) -> Any:
+        print(f"<{len(batch['input_ids']) // size} of {size}>", end="")
+        return run_even(self, batch, size, scale)
+
+    Pipeline._run_even = announced
+
+
+def test_stages_are_one_process(one: Path) -> None:
+    """Four micro-batches of 2 rows, three of them at a time."""
+    run = in_layout("stages, some at a time", one)
+    run.before = announce_pipeline_runs
     assert_same_run(run.finish(), one)
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_two_processes_are_one(name: str, one: Path) -> None:
-    check(name, one)
+    assert "<3 of 2><1 of 2>" in run.log()
+    assert "<4 of 2>" not in run.log()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [*LAYOUTS][2:])
 def test_every_layout_is_one_process(name: str, one: Path) -> None:
-    check(name, one)
+    assert_same_run(in_layout(name, one).finish(), one)
 
 
 @pytest.mark.slow
@@ -107,7 +120,7 @@ def test_packed_and_padded_rows_in_every_layout(packing: str, one: Path) -> None
     expected = Run(text, one.parent / packing, overrides).finish()
     assert curve(expected)[0] != curve(one)[0]
     for name in ("copies, accumulated", "four shards and experts", "stages of experts"):
-        num_processes, layout = SLOW[name]
+        num_processes, layout = LAYOUTS[name]
         output = one.parent / f"{packing}_{name.replace(', ', ' ').replace(' ', '_')}"
         assert_same_run(Run(text, output, [*overrides, *layout], num_processes).finish(), expected)
 

@@ -94,6 +94,24 @@ def test_kill_while_the_text_is_prepared_a_checkpoint_and_the_result_are_written
     assert kept == ["step-00000004", "step-00000006"]
 
 
+YARN = "{type: yarn, factor: 4.0, original_max_position_embeddings: 33, beta_fast: 1.0, beta_slow: 1.0, mscale: 1.0,"
+YARN += " mscale_all_dim: 1.0}"
+STAGES = (
+    f"context={{stages: [{{steps: 3, sequence_length: 33, rope_scaling: {YARN}}},"
+    " {steps: 3, sequence_length: 66, rope_scaling: null}],"
+    f" final_rope_scaling: {YARN}, max_position_embeddings: 132, eval_lengths: [33, 132]}}"
+)
+
+
+def test_a_later_stage_goes_on_with_the_scaling_of_an_earlier_one(text: Path, tmp_path: Path) -> None:
+    expected = Run(text, tmp_path / "expected", [STAGES]).finish()
+    run = Run(text, tmp_path / "run", [STAGES])
+    kill_at(run, r"os\.mkdir .*\.step-00000006\.partial", tmp_path)
+    run.finish()
+    assert "Continuing at step 4 of 6" in run.log().replace("\n", " ")
+    assert_same(run.output, expected)
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(text: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = Run(text, tmp_path / "run", ["checkpoint.every=null"])
     processes = run.start()

@@ -52,11 +52,14 @@ class Run:
         self.recipe, self.data, self.layout, self.folder = recipe, data, layout, folder
         task = progress.add_task("Building the model", total=1, note="")
         self.model: Any = prepare_model(recipe, config, data.tokenizer, layout)
-        self.parameters = count_parameters(config, recipe)
+        self.parameters = count_parameters(config)
         progress.update(task, completed=1, note=f"{self.parameters[0] / 1e6:,.1f} M parameters")
         router, training = recipe.router, recipe.training
+        parallel = recipe.parallel
         self.pipeline = (
-            Pipeline(self.model, layout, recipe.parallel.schedule) if layout.pipeline > 1 else None
+            Pipeline(self.model, layout, parallel.schedule, parallel.micro_batches_per_run)
+            if layout.pipeline > 1
+            else None
         )
         group = None if self.pipeline is None else self.pipeline.data_group
         self.balance = RouterBalance(
@@ -189,12 +192,17 @@ class Run:
         return model
 
     def _phase_begins(self, number: int) -> None:
-        context = self.recipe.context
-        if context is not None and (scaling := context.stages[number].rope_scaling) is not None:
-            set_rope_scaling(self.model, scaling, context.max_position_embeddings)
+        """The newest scaling of the stages so far: a run that continues in a later stage has not seen the earlier ones."""
+        if (context := self.recipe.context) is None:
+            return
+        scalings = [
+            stage.rope_scaling for stage in context.stages[: number + 1] if stage.rope_scaling is not None
+        ]
+        if scalings:
+            set_rope_scaling(self.model, scalings[-1], context.max_position_embeddings)
 
 
-def count_parameters(config: Any, recipe: Recipe) -> tuple[int, int]:
+def count_parameters(config: Any) -> tuple[int, int]:
     """Parameters of the whole model, and those that a token uses."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -25,7 +25,7 @@ from transformers import Trainer
 from ..moe import RouterBalance
 from ..parallel import Layout, demand_sharded
 from ..parallel.pipeline import Pipeline, clip_grad_norm
-from .checkpoints import STATE, Checkpoints
+from .checkpoints import Checkpoints
 from .errors import NonFiniteLossError
 from .rows import IGNORED
 from .spikes import SpikeGuard
@@ -93,8 +93,6 @@ class RecipeTrainer(Trainer):
         if self.layout.data_size > 1:
             dist.all_reduce(count)
             count = count // self.layout.pipeline  # every stage counted the same rows
-        elif self.layout.pipeline > 1:
-            pass  # each stage has counted all rows
         return count
 
     # -- steps
@@ -297,6 +295,3 @@ def _trainer_state(trainer: Trainer) -> dict[str, Any]:
         key: value for key, value in vars(trainer.state).items() if isinstance(value, (int, float, str, bool))
     }
     return {**state, "log_history": []}
-
-
-__all__ = ["STATE", "RecipeTrainer"]
