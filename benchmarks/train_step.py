@@ -6,12 +6,12 @@ muonclip  that with MuonClip (logits tracked, QK-Clip) and the router's balance 
 
 A step is 16,384 tokens for each: 4 accumulated micro-batches of 8 x 512. Real steps are millions of tokens, so that the
 optimizer's share here is hundreds of times theirs. Every round runs each variant in a fresh process, after a micro-batch
-to warm up; float32, random tokens, the same seed. Wall-clock time is what counts on an idle machine; processor time (user
-and system) is printed beside it because other programs disturb it less. Memory is the process's largest resident set
-minus what it was after the imports. Then the bytes that a forward pass keeps for its backward pass, by recomputation
-choice, counted from the storages that are alive. Ratios of a busy machine mean nothing: look at the load first. --quick
-has steps of 2,048 tokens, in which the optimizer weighs far too much: it shows that everything runs, in three and a half
-minutes on two idle cores; its ratios are no result.
+and an optimizer step to warm up (states are allocated once in a run); float32, random tokens, the same seed. Wall-clock
+time is what counts on an idle machine; processor time (user and system) is printed beside it because other programs
+disturb it less. Memory is the process's largest resident set minus what it was after the imports. Then the bytes that a
+forward pass keeps for its backward pass, by recomputation choice, counted from the storages that are alive. Ratios of a
+busy machine mean nothing: look at the load first. --quick has steps of 2,048 tokens, in which the optimizer weighs far too
+much: it shows that everything runs, in some four minutes on two idle cores; its ratios are no result.
 
     python benchmarks/train_step.py [--batch 8] [--sequence 512] [--accumulate 4] [--threads 2] [--rounds 2]
         [--recompute norms,swiglu,moe_down] [--momentum float32] [--quick]
@@ -32,10 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -44,6 +41,9 @@ from transformers import (
     TrainingArguments,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from live_storages import Live
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, experts, muon_clip, padded_sdpa
 from transformers_k2.moe import RouterBalance
 from transformers_k2.recompute import apply_recompute
@@ -109,8 +109,6 @@ def train(variant: str, options: argparse.Namespace) -> dict[str, float]:
     balance, extra = None, {}
     if variant != "stock":
         apply_recompute(model, options.recompute)
-    model(input_ids=rows[: options.batch], labels=rows[: options.batch], use_cache=False).loss.backward()
-    model.zero_grad()
     if variant == "muonclip":
         balance = RouterBalance(model, bias_update_speed=1e-3, balance_loss=1e-4)
         extra = {"optimizer_cls_and_kwargs": muon_clip(lr=2e-4, state_dtype=options.momentum)}
@@ -128,6 +126,12 @@ def train(variant: str, options: argparse.Namespace) -> dict[str, float]:
             logging_steps=1,
         )
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[clock], **extra)  # pyright: ignore
+        optimizer: Any = trainer.create_optimizer()
+        model(input_ids=rows[: options.batch], labels=rows[: options.batch], use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if balance is not None:
+            balance.update()
         trainer.train()
     assert trainer.optimizer is not None
     state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
@@ -143,26 +147,6 @@ def train(variant: str, options: argparse.Namespace) -> dict[str, float]:
         + sum(value.nbytes for value in state if isinstance(value, Tensor)),
         "loss": trainer.state.log_history[0]["loss"],
     }
-
-
-class Live(TorchDispatchMode):
-    """The storages made in its time that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for value in tree_leaves(output):
-            if type(value) is Tensor:
-                storage = value.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return output
-
-    def bytes(self, model: nn.Module) -> int:
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        return sum(size for key, (ref, size) in self.storages.items() if key not in own and not ref.expired())
 
 
 def table(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from pprint import pformat  # of a set it writes the same on every worker
 from typing import Any
 
 import peft
@@ -298,7 +299,9 @@ TARGETS: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "expected"), TARGETS, ids=[str(case[0]) for case in TARGETS])
+@pytest.mark.parametrize(
+    ("options", "expected"), TARGETS, ids=[pformat(case[0], width=999) for case in TARGETS]
+)
 def test_targets(options: dict[str, Any], expected: set[str], tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # PEFT's way to say that something was ignored

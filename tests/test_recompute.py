@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +13,11 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from live_storages import Live
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, MuonClip, experts, padded_sdpa, recompute
 from transformers_k2.recompute import _Offloaded, apply_recompute
 
@@ -63,27 +60,6 @@ def gradients(model: nn.Module, autocast: bool = False) -> list[Tensor]:
 
 def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(ours) == len(theirs) > 10 and all(map(torch.equal, ours, theirs))
-
-
-class Live(TorchDispatchMode):
-    """Which of the storages that were made in its time are still there: what a forward pass keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for value in tree_leaves(output):
-            if type(value) is Tensor:
-                storage = value.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return output
-
-    def bytes(self, model: nn.Module) -> int:
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        alive = [(key, size) for key, (ref, size) in self.storages.items() if not ref.expired()]
-        return sum(size for key, size in alive if key not in own)
 
 
 def kept(model: KimiK2ForCausalLM, names: Sequence[str], offload: bool = False) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,14 +17,21 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8): temporary name in the same folder, fsync, rename."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; what was written there takes its place: fsync, rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8)."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

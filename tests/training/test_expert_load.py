@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
 from transformers_k2.moe import RouterBalance, routers
 from transformers_k2.training.expert_load import ExpertLoadMonitor, plot_expert_load
-from transformers_k2.training.muon_clip_plot import StepMaxima
+from transformers_k2.training.history import StepMaxima
 
 SPEED = 0.01
 MakeModel = Callable[[], KimiK2ForCausalLM]

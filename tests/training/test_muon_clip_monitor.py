@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, MuonClip, muon_clip
 from transformers_k2.training import MuonClipMonitor
-from transformers_k2.training.muon_clip_plot import StepMaxima, layer_of, plot_muon_clip
+from transformers_k2.training.history import StepMaxima, layer_of
+from transformers_k2.training.muon_clip_plot import plot_muon_clip
 
 TAU = 0.6
 MakeModel = Callable[[], KimiK2ForCausalLM]

@@ -8,6 +8,7 @@ larger than any machine. What it gives up: quantised checkpoints, which have to 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,14 +54,20 @@ def build_model(
     """
     layout.check(config, dist.get_world_size() if dist.is_initialized() else 1)
     model = lay_out(config, layout, dtype, mixed_precision)
+    materialise(model, weights)
+    return model
+
+
+def materialise(model: Any, weights: Weights) -> torch.device:
+    """Give a model on the meta device storage and values; the device, this process's GPU or the CPU."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     model.to_empty(device=device)
     with device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables are no weights
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its tables are no weights
     fill(model, weights)
-    return model
+    return device
 
 
 def lay_out(

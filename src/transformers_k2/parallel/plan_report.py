@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import replacing
 from .planner import GIB, Plan
 from .traffic import KINDS
 
@@ -56,7 +57,8 @@ def plot_sweep(found: Mapping[int, Sequence[Plan]], path: str | Path) -> None:
     left.axhline(plans[0].capacity / GIB, color="black", linestyle="--", linewidth=1)
     left.set_ylabel("GiB on the fullest rank (dashed: what there is)")
     right.set_ylabel("GB sent per step by the busiest rank")
-    figure.savefig(path, format="png", dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 _NAMES = ("", "layout", "fits")

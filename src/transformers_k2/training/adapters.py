@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..configuration_kimi_k2 import KimiK2Config
 from ..parallel import Layout
-from ..parallel.model import Elsewhere, fill, lay_out
+from ..parallel.model import Elsewhere, lay_out, materialise
 from ..parallel.weights import Weights
 from ..peft_mapping import resolve
 from ..quantization import qat
@@ -193,13 +193,7 @@ def load_quantised(
     }
     for name in linears:
         model.model.layers.set_submodule(name, nn.Identity())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    model.to_empty(device=device)
-    with device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables are no weights
-    fill(model, weights)
+    device = materialise(model, weights)
     for name, linear in linears.items():
         rows = torch.arange(linear.out_features)
         values = weights.rows(f"model.layers.{name}.weight", linear.weight.shape, rows).to(dtype)

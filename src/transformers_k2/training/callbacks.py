@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.progress import Progress, TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import NonFiniteLossError
 from .machine import StopSignal
+from .step_monitor import StepLines
 
 
 class Metrics(TrainerCallback):
@@ -38,16 +37,14 @@ class Metrics(TrainerCallback):
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        self.path = path
+        self.lines = StepLines(path, type(self).__name__)
         self.tokens_per_step = tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.training: list[tuple[int, float]] = []  # step, loss
         self.held_out: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self.resumed_at: list[int] = []
         self._started = 0.0
         self._before = 0.0  # seconds at the log before
-        self._file: TextIO | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,27 +63,14 @@ class Metrics(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step > 0 and self.path.is_file():
-            self._read(state.global_step)
-        if state.is_world_process_zero:
-            self._file = self.path.open("a" if self.training else "w", encoding="utf-8", buffering=1)
+        self.lines.begin(state.global_step, self._take, state.is_world_process_zero)
 
-    def _read(self, last_step: int) -> None:
-        """Take over the lines up to the resumed step; rank 0 cuts the others off, with what a crash left half written."""
-        size = 0
-        with self.path.open("rb") as file:
-            for text in file:
-                if not text.endswith(b"\n") or (line := json.loads(text))["step"] > last_step:
-                    break
-                size += len(text)
-                if "held_out_loss" in line:
-                    self.held_out.append((line["step"], float(line["held_out_loss"])))
-                else:
-                    self.training.append((line["step"], float(line["loss"])))
-                    self.seconds = self._before = line["seconds"]
-        if os.environ.get("RANK", "0") == "0":
-            os.truncate(self.path, size)
-        self.resumed_at.append(last_step)
+    def _take(self, line: dict[str, Any]) -> None:
+        if "held_out_loss" in line:
+            self.held_out.append((line["step"], float(line["held_out_loss"])))
+        else:
+            self.training.append((line["step"], float(line["loss"])))
+            self.seconds = self._before = line["seconds"]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,14 +112,10 @@ class Metrics(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self.lines.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._file is None:
-            return
-        finite = {key: value if math.isfinite(value) else str(value) for key, value in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.lines.write({key: value if math.isfinite(value) else str(value) for key, value in line.items()})
 
     def _demand_finite(self, step: int, numbers: dict[str, float]) -> None:
         bad = [f"{key} {value}" for key, value in numbers.items() if not math.isfinite(value)]
@@ -150,9 +130,7 @@ class Metrics(TrainerCallback):
         last = (
             f"the last finite loss was {self.training[-1][1]:.4f}" if self.training else "no step was finite"
         )
-        return (
-            f"{last}. Try a lower optimizer.lr or a longer schedule.warmup; the metrics are in {self.path}."
-        )
+        return f"{last}. Try a lower optimizer.lr or a longer schedule.warmup; the metrics are in {self.lines.path}."
 
 
 class Saver(TrainerCallback):

@@ -7,23 +7,21 @@ some 6 bytes per expert and step, which for 60 layers of 384 experts is 140 kB a
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..files import sync
+from ..files import replacing
 from ..moe import RouterBalance
-from .muon_clip_monitor import Gather
-from .muon_clip_plot import StepMaxima, short_name
+from .history import StepMaxima, short_name
+from .step_monitor import Gather, StepMonitor, log_scalars, unwrap_optimizer
 
 LINES, PICTURE = "expert_load.jsonl", "expert_load.png"
 WINDOW = 0.05  # the share of the run's steps that its end is judged by
@@ -50,7 +48,7 @@ class LoadOutcome:
         )
 
 
-class ExpertLoadMonitor(TrainerCallback):
+class ExpertLoadMonitor(StepMonitor):
     """Updates the routers' bias after each optimizer step; records and draws the loads.
 
     One JSON line per optimizer step: `step`, `frozen` (the bias did not move), `balance_loss` (the sum over layers, as
@@ -77,17 +75,10 @@ class ExpertLoadMonitor(TrainerCallback):
     ) -> None:
         if freeze_after is not None and freeze_after < 0:
             raise ValueError(f"freeze_after is {freeze_after}: expected an integer >= 0, or None.")
+        super().__init__(Path(folder) / LINES, Path(folder) / PICTURE, title, gather)
         self.balance = balance
-        self.path, self.picture = Path(folder) / LINES, Path(folder) / PICTURE
         self.freeze_after = freeze_after
-        self.title = title
-        self.gather = gather
-        self._file: TextIO | None = None
         self._forget(1)
-
-    def attach(self, trainer: Trainer) -> None:
-        """Add it to a Trainer, in front of the others, so that TensorBoard and Weights & Biases log its scalars too."""
-        trainer.callback_handler.callbacks.insert(0, self)
 
     def outcome(self) -> LoadOutcome | None:
         """The end of the run in numbers, on rank 0; None if there was no step or no router."""
@@ -110,20 +101,10 @@ class ExpertLoadMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the file, or continue it from the resumed step.
-
-        Raises:
-            ValueError: the file is not from this run.
-        """
         self.balance.reset()
         self._forget(max(1, math.ceil(WINDOW * state.max_steps)))
-        if not state.is_world_process_zero:
-            return
-        resumed = state.global_step > 0 and self.path.exists()
-        if resumed:
-            self._read(state.global_step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a" if resumed else "w", encoding="utf-8", buffering=1)
+        self.begin(state)
+        self._forget_log()
 
     def on_optimizer_step(
         self,
@@ -133,7 +114,7 @@ class ExpertLoadMonitor(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if _was_skipped(optimizer):
+        if unwrap_optimizer(optimizer)[1]:
             self.balance.reset()
             return
         step = state.global_step + 1  # it is counted only after the event
@@ -142,7 +123,7 @@ class ExpertLoadMonitor(TrainerCallback):
         stats = self.balance.update()  # collective: on every rank
         if self.gather is not None:
             stats = self.gather(stats)
-        if self._file is None or not any(load.loads.any() for load in stats.values()):
+        if not self.lines.is_open or not any(load.loads.any() for load in stats.values()):
             return
         line = {
             "step": step,
@@ -157,8 +138,8 @@ class ExpertLoadMonitor(TrainerCallback):
                 for name, load in stats.items()
             },
         }
-        self._remember(line)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.remember(line)
+        self.lines.write(line)
 
     def on_log(
         self,
@@ -170,28 +151,14 @@ class ExpertLoadMonitor(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or not self._losses:
             return
-        scalars = {
+        scalars: dict[str, float] = {
             "load_max_over_mean": float(np.mean(self._ratios_since)),
             "dead_experts": int((self._counts_since == 0).sum()),
         }
         if self.balance.balance_loss:
             scalars["balance_loss"] = float(np.mean(self._losses))
-        logs.update(scalars)
-        state.log_history[-1].update(scalars)  # a copy that Trainer made before this event
+        log_scalars(logs, state, scalars)
         self._forget_log()
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._draw()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._file is not None:
-            self._draw()
-            self._file.close()
-            self._file = None
 
     # -- what is remembered of the lines
 
@@ -209,7 +176,7 @@ class ExpertLoadMonitor(TrainerCallback):
         self._ratios_since: list[float] = []
         self._counts_since: Any = 0
 
-    def _remember(self, line: dict[str, Any]) -> None:
+    def remember(self, line: dict[str, Any]) -> None:
         layers = list(line["layers"])
         counts = np.array([layer["counts"] for layer in line["layers"].values()])
         if not self._layers:
@@ -217,8 +184,8 @@ class ExpertLoadMonitor(TrainerCallback):
             self._history = StepMaxima(len(layers))
         elif (layers, counts.shape) != (self._layers, self._shape):
             raise ValueError(
-                f"{self.path} has lines of {len(self._layers)} routers, {list(self._shape)} experts in all, but the model "
-                f"has {len(layers)}, {list(counts.shape)}: expected the same run; choose another folder."
+                f"{self.lines.path} has lines of {len(self._layers)} routers, {list(self._shape)} experts in all, but the "
+                f"model has {len(layers)}, {list(counts.shape)}: expected the same run; choose another folder."
             )
         ratios = counts.max(1) / counts.mean(1)
         self._ratios.append(ratios)
@@ -229,29 +196,8 @@ class ExpertLoadMonitor(TrainerCallback):
         self._counts_since = self._counts_since + counts
         self._last_step = line["step"]
 
-    def _read(self, last_step: int) -> None:
-        """Take over the lines up to the resumed step and cut the others off, with what a crash left half written."""
-        size = 0
-        with self.path.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if not text.endswith(b"\n"):
-                    break
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    raise ValueError(
-                        f"{self.path}, line {number}, is not JSON: expected lines of ExpertLoadMonitor; move the file "
-                        "away."
-                    ) from None
-                if line["step"] > last_step:
-                    break
-                self._remember(line)
-                size += len(text)
-        os.truncate(self.path, size)
-        self._forget_log()
-
-    def _draw(self) -> None:
-        if self._file is None or not self._layers or self._drawn == self._last_step:
+    def draw(self) -> None:
+        if not self._layers or self._drawn == self._last_step:
             return
         self._drawn = self._last_step
         counts = np.sum(self._counts, axis=0)
@@ -320,20 +266,5 @@ def plot_expert_load(
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _was_skipped(optimizer: Any) -> bool:
-    from accelerate.optimizer import AcceleratedOptimizer  # here: Trainer needs it, reading a recipe does not
-
-    skipped = False
-    while isinstance(optimizer, AcceleratedOptimizer):
-        skipped = skipped or optimizer.step_was_skipped
-        optimizer = optimizer.optimizer
-    return skipped

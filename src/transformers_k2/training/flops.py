@@ -55,6 +55,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     best = float("inf")
     for _ in range(20):  # a busy machine seldom leaves one alone
         started = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         best = min(best, time.perf_counter() - started)
     return 2.0 * size**3 / best

@@ -7,21 +7,19 @@ up: the file grows by some 30 bytes per head and step, which for 61 layers of 64
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..optim import MuonClip
-from .muon_clip_plot import StepMaxima, layer_of, plot_muon_clip
+from .history import StepMaxima, layer_of
+from .muon_clip_plot import plot_muon_clip
+from .step_monitor import Gather, StepMonitor, log_scalars, unwrap_optimizer
 
-Gather = Callable[[dict[str, Any]], dict[str, Any]]
 LINES, PICTURE = "qk_clip.jsonl", "qk_clip.png"
 
 
@@ -46,7 +44,7 @@ class ClipOutcome:
         )
 
 
-class MuonClipMonitor(TrainerCallback):
+class MuonClipMonitor(StepMonitor):
     """Records and draws QK-Clip and update sizes of a Trainer whose optimizer is MuonClip.
 
     One JSON line per optimizer step: `step`, `tau`, `attention` {module: {`max_logit`, `exact`, `gamma`, `clips`}, each a
@@ -67,19 +65,9 @@ class MuonClipMonitor(TrainerCallback):
     ) -> None:
         if rms_every < 1:
             raise ValueError(f"rms_every is {rms_every}: expected an integer >= 1.")
-        self.path, self.picture = Path(folder) / LINES, Path(folder) / PICTURE
+        super().__init__(Path(folder) / LINES, Path(folder) / PICTURE, title, gather)
         self.rms_every = rms_every
-        self.title = title
-        self.gather = gather
-        self._file: TextIO | None = None
         self._forget()
-
-    def attach(self, trainer: Trainer) -> None:
-        """Add it to a Trainer, in front of the others, so that TensorBoard and Weights & Biases log its scalars too.
-
-        `callbacks=[monitor]` puts it behind them: then progress bars and trainer_state.json show them, those two do not.
-        """
-        trainer.callback_handler.callbacks.insert(0, self)
 
     def outcome(self) -> ClipOutcome | None:
         """The run in numbers; None if no head was watched."""
@@ -115,13 +103,8 @@ class MuonClipMonitor(TrainerCallback):
         """
         self._forget()
         self._update_rms = _muon_clip(optimizer)[0].defaults["update_rms"]
-        if not state.is_world_process_zero:
-            return
-        resumed = state.global_step > 0 and self.path.exists()
-        if resumed:
-            self._read(state.global_step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a" if resumed else "w", encoding="utf-8", buffering=1)
+        self.begin(state)
+        self._since_log, self._clipped_since_log = -math.inf, set()
 
     def on_pre_optimizer_step(
         self,
@@ -148,7 +131,7 @@ class MuonClipMonitor(TrainerCallback):
         watched = muon.qk_clip_stats()
         if self.gather is not None:
             rms, watched = self.gather(rms), self.gather(watched)
-        if self._file is None:
+        if not self.lines.is_open:
             return
         attention = {}
         for name, stats in watched.items():
@@ -164,8 +147,8 @@ class MuonClipMonitor(TrainerCallback):
         line = {"step": state.global_step + 1, "tau": muon.qk_clip_tau, "attention": attention}
         if rms:
             line["update_rms"] = {layer: float(f"{value:.6g}") for layer, value in rms.items()}
-        self._remember(line)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.remember(line)
+        self.lines.write(line)
 
     def on_log(
         self,
@@ -182,22 +165,8 @@ class MuonClipMonitor(TrainerCallback):
             scalars |= {"max_logit": self._since_log, "heads_clipped": len(self._clipped_since_log)}
         if self._last_rms:
             scalars["update_rms"] = sum(self._last_rms.values()) / len(self._last_rms)
-        logs.update(scalars)
-        state.log_history[-1].update(scalars)  # a copy that Trainer made before this event
+        log_scalars(logs, state, scalars)
         self._since_log, self._clipped_since_log = -math.inf, set()
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._draw()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._file is not None:
-            self._draw()
-            self._file.close()
-            self._file = None
 
     # -- what is remembered of the lines
 
@@ -214,7 +183,7 @@ class MuonClipMonitor(TrainerCallback):
         self._peak: tuple[float, bool] = (-math.inf, False)
         self._since_log, self._clipped_since_log = -math.inf, set[tuple[str, int]]()
 
-    def _remember(self, line: dict[str, Any]) -> None:
+    def remember(self, line: dict[str, Any]) -> None:
         step, attention = line["step"], line["attention"]
         heads = {name: len(item["clips"]) for name, item in attention.items()}
         if self._logits is None or self._events is None:
@@ -222,9 +191,9 @@ class MuonClipMonitor(TrainerCallback):
             self._logits, self._events = StepMaxima(sum(heads.values())), StepMaxima(sum(heads.values()))
         elif heads != self._heads:
             raise ValueError(
-                f"{self.path} has lines of {len(self._heads)} attention modules, {sum(self._heads.values())} heads, but "
-                f"the optimizer watches {len(heads)}, {sum(heads.values())} heads: expected the same run; choose another "
-                "folder."
+                f"{self.lines.path} has lines of {len(self._heads)} attention modules, {sum(self._heads.values())} heads, "
+                f"but the optimizer watches {len(heads)}, {sum(heads.values())} heads: expected the same run; choose "
+                "another folder."
             )
         logits: list[float] = []
         events: list[float] = []
@@ -248,28 +217,8 @@ class MuonClipMonitor(TrainerCallback):
             self._last_rms = rms
         self._last = line
 
-    def _read(self, last_step: int) -> None:
-        """Take over the lines up to the resumed step and cut the others off, with what a crash left half written."""
-        size = 0
-        with self.path.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if not text.endswith(b"\n"):
-                    break
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    raise ValueError(
-                        f"{self.path}, line {number}, is not JSON: expected lines of MuonClipMonitor; move the file away."
-                    ) from None
-                if line["step"] > last_step:
-                    break
-                self._remember(line)
-                size += len(text)
-        os.truncate(self.path, size)
-        self._since_log, self._clipped_since_log = -math.inf, set()
-
-    def _draw(self) -> None:
-        if self._file is None or self._last is None or self._logits is None or self._events is None:
+    def draw(self) -> None:
+        if self._last is None or self._logits is None or self._events is None:
             return
         if self._drawn == self._last["step"]:  # the last evaluation and the end show the same
             return
@@ -289,12 +238,7 @@ class MuonClipMonitor(TrainerCallback):
 
 def _muon_clip(optimizer: Any) -> tuple[MuonClip, bool]:
     """The MuonClip that Accelerate may have wrapped, and whether the last step was skipped."""
-    from accelerate.optimizer import AcceleratedOptimizer  # here: Trainer needs it, reading a recipe does not
-
-    skipped = False
-    while isinstance(optimizer, AcceleratedOptimizer):
-        skipped = skipped or optimizer.step_was_skipped
-        optimizer = optimizer.optimizer
+    optimizer, skipped = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, MuonClip):
         raise ValueError(
             f"MuonClipMonitor watches MuonClip, but the Trainer's optimizer is {type(optimizer).__name__}: expected "

@@ -6,8 +6,6 @@ peak is lost; what that gives up is how often something happened inside one pixe
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,50 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..files import sync
+from ..files import replacing
+from .history import Matrix, StepMaxima, short_name
 
-Matrix = npt.NDArray[np.float32]
-MAX_COLUMNS = 1024  # of a history, and at a pixel or more each
 MAX_ROWS = 512  # of heads in the picture
 MAX_NAMED = 8  # layers with a colour of their own in the legend
 _GREY, _BAD = "#525252", "#d94801"
-
-
-class StepMaxima:
-    """A value per row and step, in bounded memory: neighbouring steps share a column when they get too many.
-
-    Args:
-        rows: how many values a step has.
-        columns: how many columns are kept at most; even.
-    """
-
-    def __init__(self, rows: int, columns: int = MAX_COLUMNS) -> None:
-        self._values: Matrix = np.full((rows, columns), -np.inf, np.float32)
-        self.width = 1  # steps per column
-        self.used = 0
-
-    def add(self, step: int, values: Sequence[float] | Matrix) -> None:
-        """Record the values of a step >= 1; those it has already are kept where they are larger."""
-        columns = self._values.shape[1]
-        while (step - 1) // self.width >= columns:
-            half = self._values.reshape(len(self._values), columns // 2, 2).max(2)
-            self._values[:, : columns // 2] = half
-            self._values[:, columns // 2 :] = -np.inf
-            self.width *= 2
-            self.used = (self.used + 1) // 2
-        column = (step - 1) // self.width
-        self._values[:, column] = np.maximum(self._values[:, column], values)
-        self.used = max(self.used, column + 1)
-
-    @property
-    def values(self) -> Matrix:
-        """[rows, columns], -inf where nothing was recorded."""
-        return self._values[:, : self.used]
-
-    @property
-    def steps(self) -> npt.NDArray[Any]:
-        """The middle of each column."""
-        return np.arange(self.used) * self.width + (self.width + 1) / 2
 
 
 def plot_muon_clip(
@@ -127,25 +87,8 @@ def plot_muon_clip(
         panels[-1].set_ylabel("update RMS / lr")
         panels[-1].set_ylim(0, max(1.15 * update_rms, 1.05 * float(rms.values.max())))
     figure.align_ylabels(panels)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def layer_of(name: str) -> str:
-    """The name of the layer that a parameter belongs to: up to the first number, or all but the last part."""
-    numbered = re.match(r"(?:.*?\.)??\w+\.\d+(?=\.)", name)
-    return numbered[0] if numbered else name.rpartition(".")[0]
-
-
-def short_name(name: str) -> str:
-    """The number in a module's name, or the name."""
-    numbered = re.search(r"\.(\d+)(?=\.|$)", name)
-    return numbered[1] if numbered else name
 
 
 def _by_module(values: Matrix, sizes: Sequence[int]) -> Matrix:

@@ -17,7 +17,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from ..files import write_text
+from ..files import replacing, write_text
 from ..parallel import Layout
 from .baselines import unigram_and_bigram_loss
 from .callbacks import Metrics
@@ -246,7 +246,8 @@ def plot_losses(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def summarise(

@@ -27,10 +27,11 @@ from .errors import NonFiniteLossError
 from .expert_load import ExpertLoadMonitor
 from .export import export_hub
 from .flops import peak_flops, training_flops_per_token
-from .muon_clip_monitor import Gather, MuonClipMonitor
+from .muon_clip_monitor import MuonClipMonitor
 from .optimizers import MuonClip
 from .prepare import build_trainer, prepare_model
 from .recipe import NF4, Int4QAT, Recipe
+from .step_monitor import Gather
 from .trainer import RecipeTrainer
 
 _RELOAD_LIMIT = 5 * 10**9  # parameters that rank 0 loads again to check what was saved
