@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from pprint import pformat  # of a set it writes the same on every worker
 from typing import Any
 
 import peft
@@ -300,7 +299,7 @@ TARGETS: list[tuple[dict[str, Any], set[str]]] = [
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), TARGETS, ids=[pformat(case[0], width=999) for case in TARGETS]
+    ("options", "expected"), TARGETS, ids=[json.dumps(case[0], default=sorted) for case in TARGETS]
 )
 def test_targets(options: dict[str, Any], expected: set[str], tmp_path: Path) -> None:
     with warnings.catch_warnings():
