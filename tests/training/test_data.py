@@ -39,8 +39,8 @@ def test_counted_losses_match_a_table_written_out() -> None:
     training = generator.integers(0, 8, (13, 9)).astype(np.int32)  # tokens 8 to 10 never occur
     held_out = generator.integers(0, vocab_size, (5, 9)).astype(np.int32)
 
-    counts = Counter(training.ravel().tolist())
-    kinds, total = len(counts), training.size
+    counts = Counter(training[:, 1:].ravel().tolist())  # the tokens that are predicted
+    kinds, total = len(counts), training[:, 1:].size
     pairs = Counter(pair for row in training.tolist() for pair in pairwise(row))
 
     def unigram(token: int) -> float:
@@ -62,7 +62,11 @@ def test_counted_losses_match_a_table_written_out() -> None:
         -sum(math.log(unigram(token)) for _, token in wanted) / len(wanted),
         -sum(math.log(bigram(*pair)) for pair in wanted) / len(wanted),
     )
-    assert unigram_and_bigram_loss(training, held_out, vocab_size) == pytest.approx(expected, rel=1e-12)
+    counted, predicted = (
+        (tokens[:, :-1].ravel().astype(np.int64), tokens[:, 1:].ravel().astype(np.int64))
+        for tokens in (training, held_out)
+    )
+    assert unigram_and_bigram_loss(counted, predicted, vocab_size) == pytest.approx(expected, rel=1e-12)
 
 
 def write_folder(root: Path) -> Path:

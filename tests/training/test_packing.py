@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,10 @@ from transformers_k2.training.rows import (
     JoinedRows,
     Mixture,
     PackedRows,
-    Spread,
-    Stretch,
     UnpackedRows,
     collate,
-    id_matrices,
+    predicted_pairs,
+    spread,
 )
 from transformers_k2.training.token_cache import Document, TokenCache, build_cache
 
@@ -76,8 +75,17 @@ def test_joined_rows_are_the_documents_one_after_the_other(tmp_path: Path, with_
             assert seen == Counter(
                 tuple(rows[n]["input_ids"].tolist()) for n in range(len(rows)) for _ in "ab"
             )
-            matrix = np.concatenate(list(id_matrices(shuffled, 10**9, batch_size=3)))
-            assert sorted(matrix.tolist()) == sorted(rows[n]["input_ids"].tolist() for n in range(len(rows)))
+            if length > 1:
+                pairs = zip(
+                    *(tokens.tolist() for tokens in predicted_pairs(shuffled, range(len(shuffled)))),
+                    strict=True,
+                )
+                own = [
+                    (ids[place - 1], labels[place])
+                    for place in range(len(labels))
+                    if place % length and labels[place] != -100
+                ]
+                assert sorted(pairs) == sorted(own)
     for none in (np.array([1]), np.array([], np.int64)):
         with pytest.raises(ValueError, match=r"less than data\.sequence_length 2"):
             JoinedRows(cache, none, 2)
@@ -170,7 +178,6 @@ def token_losses(
     [
         ("sdpa", "packed"),
         ("eager", "packed"),
-        ("sdpa", "flattened"),
         ("sdpa", "unpacked"),
         ("eager", "unpacked"),
     ],
@@ -188,7 +195,7 @@ def test_a_packed_row_equals_its_documents_alone(
     rows = UnpackedRows(cache, numbers, length, shuffle=False) if kind == "unpacked" else packed
     assert len(packed) > 2
     assert max(len(documents_of(packed, number)) for number in range(len(packed))) > 2
-    batch = collate([rows.row(number) for number in range(len(rows))], flatten=kind == "flattened")
+    batch = collate([rows.row(number) for number in range(len(rows))])
     logits, losses = token_losses(tiny_model, batch)
     losses.sum().backward()
     gradients = {name: p.grad.clone() for name, p in tiny_model.named_parameters() if p.grad is not None}
@@ -238,12 +245,6 @@ def test_with_a_cache_transformers_lets_attention_cross_the_borders(
     assert (apart[0, 8:] - crossing[0, 8:]).abs().max() > 1e-2
 
 
-def test_flattening_needs_positions(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "a", [8, 8, 8])
-    with pytest.raises(ValueError, match="expected position_ids"):
-        collate([JoinedRows(cache, np.arange(3), 8)[0]], flatten=True)
-
-
 def test_a_mixture_reads_its_sources_in_their_own_order(tmp_path: Path) -> None:
     first = JoinedRows(make_cache(tmp_path / "a", [40] * 3, seed=1), np.arange(3), 8, seed=1)
     second = JoinedRows(make_cache(tmp_path / "b", [40] * 9, seed=2), np.arange(9), 8, seed=2)
@@ -264,21 +265,15 @@ def test_a_mixture_reads_its_sources_in_their_own_order(tmp_path: Path) -> None:
         Mixture([first, second], [1])
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_far_rows_of_a_run_are_rows_like_others(tmp_path: Path) -> None:
     rows = PackedRows(make_cache(tmp_path / "a", [9, 7, 5, 12, 3, 8, 8]), np.arange(7), 16, seed=4)
-    whole = [row["input_ids"].tolist() for row in islice(Stretch(rows, 50), 50)]
-    rest = Stretch(rows, 20, first=30)
-    assert [rest[number]["input_ids"].tolist() for number in range(len(rest))] == whole[30:]
-    assert len(list(rest)) == 20
-    far = Stretch(rows, 3, first=2_400_000_000)
-    assert far[0]["input_ids"].tolist() in whole
+    one_pass = [rows.row(number)["input_ids"].tolist() for number in range(len(rows))]
+    for first in (len(rows), 2_400_000_000 * len(rows)):
+        later = [rows.row(first + number)["input_ids"].tolist() for number in range(len(rows))]
+        assert sorted(later) == sorted(one_pass)
 
 
-def test_evaluation_rows_are_spread_and_different(tmp_path: Path) -> None:
-    rows = JoinedRows(make_cache(tmp_path / "a", [1000]), np.arange(1), 10, shuffle=False)
-    spread = Spread(rows, 7)
-    chosen = [spread[number]["input_ids"].tolist() for number in range(len(spread))]
-    assert len({tuple(row) for row in chosen}) == 7
-    assert chosen[0] == rows[0]["input_ids"].tolist()
-    assert chosen[-1] == rows[99]["input_ids"].tolist()
-    assert len(Spread(rows, 1000)) == 100
+def test_evaluation_rows_are_spread_and_different() -> None:
+    assert spread(100, 7) == [0, 16, 33, 49, 66, 82, 99]
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(5, 1) == [0]

@@ -194,8 +194,18 @@ def test_pretraining_reads_the_reports_tokens() -> None:
     assert last.max_position_embeddings == published["max_position_embeddings"]
 
 
+def run_loading_code(code: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the lines print that a run ends with, writing less."""
+    assert "max_new_tokens=100" in code
+    capsys.readouterr()
+    exec(code.replace("max_new_tokens=100", "max_new_tokens=3"), {})
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_steps_in_small(name: str, work: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_two_steps_in_small(
+    name: str, work: Path, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = load_recipe(name)
     if recipe.quantization is not None and recipe.quantization.method == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -204,12 +214,21 @@ def test_two_steps_in_small(name: str, work: Path, bases: dict[str, Path], tmp_p
     start = bases["moonlight" if moonlight else recipe.training.weights_dtype]
     base = None if recipe.model.weights is None else start
     output = tmp_path / "run"
-    summary = train(name, shrunk(recipe, work, output, base, size), Console(file=io.StringIO()))
+    printed = io.StringIO()
+    summary = train(
+        name, shrunk(recipe, work, output, base, size), Console(file=printed, width=200, force_terminal=False)
+    )
     assert summary is not None
     assert summary.steps == 2
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert sum("loss" in line for line in lines) == 2
     assert 3 < summary.held_out_loss < 9  # log(640) is 6.5
+    assert summary.bigram_loss < summary.unigram_loss + 0.3
+    loaded = run_loading_code(summary.loading_code(), capsys)
+    prompt = "" if recipe.data.kind == "chat" else summary.prompt
+    assert loaded.strip()
+    assert prompt in loaded
+    assert summary.reloaded in " ".join(printed.getvalue().replace("\u2502", " ").split())
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.chat_template
     if recipe.adapter is not None:

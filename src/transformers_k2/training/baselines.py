@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import numpy as np
 
+Pairs = tuple[np.ndarray, np.ndarray]
 
-def unigram_and_bigram_loss(
-    training: np.ndarray, held_out: np.ndarray, vocab_size: int
-) -> tuple[float, float]:
+
+def unigram_and_bigram_loss(training: Pairs, held_out: Pairs, vocab_size: int) -> tuple[float, float]:
     """Mean losses in nats per predicted token of a unigram and a bigram table.
 
     Args:
-        training: blocks to count, int [blocks, length]; pairs across blocks are not counted.
-        held_out: blocks to predict, int [blocks, length]; the first token of each is given, as for the model.
+        training: previous and predicted tokens to count, int64 [pairs] each (`rows.predicted_pairs`).
+        held_out: those to predict.
 
     Source: Witten and Bell, 1991; Chen and Goodman, TR-10-98, section 2.6.
     """
-    tokens = training.astype(np.int64)
-    counts = np.bincount(tokens.ravel(), minlength=vocab_size)
+    before, tokens = training
+    counts = np.bincount(tokens, minlength=vocab_size)
     num_kinds = np.count_nonzero(counts)
     unigram = (counts + num_kinds / vocab_size) / (counts.sum() + num_kinds)  # sums to 1
 
-    pairs, pair_counts = np.unique(tokens[:, :-1] * vocab_size + tokens[:, 1:], return_counts=True)
+    pairs, pair_counts = np.unique(before * vocab_size + tokens, return_counts=True)
     context_kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)
-    context_counts = np.bincount(tokens[:, :-1].ravel(), minlength=vocab_size)
+    context_counts = np.bincount(before, minlength=vocab_size)
 
-    previous, current = held_out[:, :-1].astype(np.int64).ravel(), held_out[:, 1:].astype(np.int64).ravel()
+    previous, current = held_out
     wanted = previous * vocab_size + current
     places = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     seen = np.where(pairs[places] == wanted, pair_counts[places], 0)

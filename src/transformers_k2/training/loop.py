@@ -88,14 +88,13 @@ def train(
         if context is not None:
             context.measure_after(run.model, run.trainer)
         run.save()
-        sample = ""
         with console.status("The reloaded model writes"):
-            sample = run.reload_and_generate()
+            sample, reloaded = run.reload_and_generate()
         summary = None
         if machine.rank() == 0:
             summary = summarise(
                 recipe, Path(name).stem, data, run.parameters, run.metrics, run.clips, run.loads, context, sample,
-                layout, time.perf_counter() - started,
+                reloaded, layout, time.perf_counter() - started,
             )  # fmt: skip
             _draw(recipe, folder, run.metrics, summary)
             summary.save(folder / "summary.json")

@@ -28,13 +28,18 @@ from .expert_load import PICTURE as LOAD_PICTURE
 from .expert_load import ExpertLoadMonitor, LoadOutcome
 from .muon_clip_monitor import LINES, PICTURE, ClipOutcome, MuonClipMonitor
 from .recipe import Recipe
-from .rows import id_matrices
+from .rows import predicted_pairs, spread
 from .sources import describe
 
 _COUNTED = 200_000  # rows that the counting baselines look at, at most
 
+MODEL_FILES = {
+    "config.json": "the model, in the hub's layout, with its safetensors and the tokenizer's files",
+}
+ADAPTER_FILES = {
+    "adapter_config.json": "the adapter, as PEFT reads it, with adapter_model.safetensors and the tokenizer's files",
+}
 FILES = {
-    "config.json": "the model, in the hub's layout, with model.safetensors and the tokenizer's files",
     "recipe.yaml": "the recipe with all overrides: k2 train repeats the run from it",
     "loss.png": "training and held-out loss against the counted baselines",
     "metrics.jsonl": "loss, gradient norm and learning rate of every step",
@@ -73,17 +78,18 @@ class RunSummary:
     first_loss: float  # of the first step
     last_loss: float  # mean of the last twentieth of the steps
     held_out_loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None  # of texts; of conversations only some bytes count
     unigram_loss: float
     bigram_loss: float
     prompt: str
     sample: str
+    reloaded: str  # how the reloaded model compares
     qk_clip: ClipOutcome | None = None  # of runs whose optimizer clips
     expert_load: LoadOutcome | None = None
     context: dict[str, dict[int, float]] | None = None  # losses by state and length
     processes: str = "1"
-    is_adapter: bool = False
-    chat: bool = False
+    base: str | None = None  # of an adapter
+    chat: bool = False  # the loss counts assistant turns only
     mfu: float | None = None  # of the last step
 
     @property
@@ -109,12 +115,20 @@ class RunSummary:
 
     def loading_code(self) -> str:
         """Python lines that load the result and let it write."""
+        adapter = f"model = PeftModel.from_pretrained(model, {self.output_dir!r})\n" if self.base else ""
+        inputs = f"inputs = tokenizer({self.prompt!r}, return_tensors='pt')\n"
+        if self.chat:
+            inputs = (
+                f"messages = [{{'role': 'user', 'content': {self.prompt!r}}}]\n"
+                "inputs = tokenizer.apply_chat_template(\n"
+                "    messages, add_generation_prompt=True, return_tensors='pt', return_dict=True\n)\n"
+            )
+        peft = "from peft import PeftModel\n" if self.base else ""
         return (
-            "import transformers_k2  # registers kimi_k2\n"
+            f"import transformers_k2  # registers kimi_k2\n{peft}"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"tokenizer = AutoTokenizer.from_pretrained({self.output_dir!r})\n"
-            f"model = AutoModelForCausalLM.from_pretrained({self.output_dir!r})\n"
-            f"inputs = tokenizer({self.prompt!r}, return_tensors='pt')\n"
+            f"model = AutoModelForCausalLM.from_pretrained({self.base or self.output_dir!r})\n{adapter}{inputs}"
             "output = model.generate(**inputs, max_new_tokens=100, do_sample=True)\n"
             "print(tokenizer.decode(output[0]))"
         )
@@ -135,18 +149,20 @@ class RunSummary:
             + (f"; model FLOPs utilisation {self.mfu:.1%}" if self.mfu is not None else ""),
             "Whole run": f"{self.total_seconds:.0f} s, with preparing the text, evaluating, saving and reloading",
             "Training loss": f"{self.first_loss:.3f} at the first step, {self.last_loss:.3f} at the end",
-            "Held-out loss": f"{self.held_out_loss:.3f} (perplexity {self.perplexity:.1f}, {self.bits_per_byte:.3f} "
-            f"bits per byte), on {self.evaluated_tokens:,} tokens",
+            "Held-out loss": f"{self.held_out_loss:.3f} (perplexity {self.perplexity:.1f}"
+            + (f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else "")
+            + f"), on {self.evaluated_tokens:,} tokens{' of assistant turns' if self.chat else ''}",
             "Counting instead": f"{self.bigram_loss:.3f} with a table of token pairs (bigram), {self.unigram_loss:.3f} "
             "with token frequencies, both counted on the tokens that were trained on",
             **({"QK-Clip": str(self.qk_clip)} if self.qk_clip else {}),
             **({"Expert load": str(self.expert_load)} if self.expert_load else {}),
-            "Reloaded": "with AutoModelForCausalLM and AutoTokenizer: the logits are the same to the bit",
+            "Reloaded": self.reloaded,
         }
         for name, text in rows.items():
             table.add_row(name, Text(text))
         files = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         kinds = {
+            **(ADAPTER_FILES if self.base else MODEL_FILES),
             **FILES,
             **(LOAD_FILES if self.expert_load else {}),
             **(QK_CLIP_FILES if self.qk_clip else {}),
@@ -260,6 +276,7 @@ def summarise(
     loads: ExpertLoadMonitor,
     context: ContextLosses | None,
     sample: str,
+    reloaded: str,
     layout: Layout,
     total_seconds: float,
 ) -> RunSummary:
@@ -268,12 +285,12 @@ def summarise(
     held_out_loss = metrics.held_out[-1][1]
     length = recipe.data.sequence_length
     rows_read = recipe.training.steps * recipe.training.batch_size
-    held_out = np.concatenate(list(id_matrices(data.held_out, recipe.training.eval_sequences)))
-    counted = np.concatenate(
-        list(id_matrices(data.rows(recipe, length, recipe.data.seed), min(rows_read, _COUNTED)))
-    )
+    held_out = predicted_pairs(data.held_out, spread(len(data.held_out), recipe.training.eval_sequences))
+    rows = data.rows(recipe, length, recipe.data.seed)
+    counted = predicted_pairs(rows, range(min(rows_read, len(rows), _COUNTED)))
     unigram, bigram = unigram_and_bigram_loss(counted, held_out, len(data.tokenizer))
     held_out_tokens = data.num_tokens(data.held_out_documents)
+    chat = recipe.data.kind == "chat"
     return RunSummary(
         recipe=name,
         source=describe(recipe.data.source),
@@ -286,7 +303,7 @@ def summarise(
         skipped_files=data.skipped_files,
         training_tokens=data.num_tokens(data.training_documents),
         held_out_tokens=held_out_tokens,
-        evaluated_tokens=held_out.size - len(held_out),
+        evaluated_tokens=len(held_out[1]),
         steps=recipe.training.steps,
         tokens=recipe.training.steps * recipe.tokens_per_step,
         training_seconds=metrics.seconds,
@@ -294,7 +311,7 @@ def summarise(
         first_loss=losses[0],
         last_loss=float(np.mean(losses[-max(1, len(losses) // 20) :])),
         held_out_loss=held_out_loss,
-        bits_per_byte=held_out_loss * held_out_tokens / data.held_out_bytes / float(np.log(2)),
+        bits_per_byte=None if chat else held_out_loss * held_out_tokens / data.held_out_bytes / math.log(2),
         unigram_loss=unigram,
         bigram_loss=bigram,
         prompt=recipe.generation.prompt,
@@ -303,8 +320,9 @@ def summarise(
         expert_load=loads.outcome(),
         context=context.losses if context else None,
         processes=_describe(layout),
-        is_adapter=recipe.adapter is not None,
-        chat=recipe.data.kind == "chat",
+        reloaded=reloaded,
+        base=None if recipe.adapter is None else recipe.model.weights,
+        chat=chat,
         mfu=metrics.mfu,
     )
 

@@ -9,14 +9,13 @@
 
 `PackedRows` rely on transformers' masks: sequences are told apart by positions that restart, if there is neither an
 attention mask nor a cache. So the model must run with `use_cache=False` (Trainer's default): with a cache transformers
-lets attention cross the borders and says nothing. For flash attention rows must be laid end to end as one
-(`collate(rows, flatten=True)`), as it tells sequences apart only in a batch of one.
+lets attention cross the borders and says nothing; flash attention does so in batches of more than one row.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -233,56 +232,27 @@ class Mixture(Dataset):
         return self.rows[source].row(place)
 
 
-class Stretch(Dataset):
-    """Rows `first` to `first + num_rows` of a run, as a dataset of that length: for resuming."""
-
-    def __init__(self, rows: Rows, num_rows: int, first: int = 0) -> None:
-        self.rows, self.num_rows, self.first = rows, num_rows, first
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < self.num_rows:
-            raise IndexError(index)
-        return self.rows.row(self.first + index)
+def spread(num_rows: int, count: int) -> list[int]:
+    """`count` of the numbers below `num_rows`, evenly spread; all of them if there are no more."""
+    count = min(count, num_rows)
+    return [place * (num_rows - 1) // max(count - 1, 1) for place in range(count)]
 
 
-class Spread(Dataset):
-    """At most `max_rows` rows, evenly spread over one pass: for evaluation on rows in order (`shuffle=False`)."""
-
-    def __init__(self, rows: Rows, max_rows: int) -> None:
-        self.rows = rows
-        self.numbers = np.linspace(0, len(rows) - 1, min(max_rows, len(rows))).astype(np.int64)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows.row(int(self.numbers[index]))
+def collate(rows: Sequence[Row]) -> Row:
+    """A batch: tensors of int64 [rows, sequence_length]."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def collate(rows: Sequence[Row], flatten: bool = False) -> Row:
-    """A batch: tensors of int64 [rows, sequence_length]; with `flatten` [1, rows * sequence_length].
+def predicted_pairs(rows: Rows, numbers: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows with these numbers: the tokens that a loss counts, and the ones in front of them.
 
-    Args:
-        flatten: lay the rows end to end, for flash attention on rows that have `position_ids`; the labels at the seams
-            must be -100, as those of `PackedRows` are.
-
-    Raises:
-        ValueError: `flatten` of rows without `position_ids`, whose borders would be lost.
+    Returns:
+        Previous and predicted tokens, int64 [pairs] each.
     """
-    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    if not flatten:
-        return batch
-    if "position_ids" not in batch:
-        raise ValueError(f"flatten=True on rows of {', '.join(batch)}: expected position_ids (PackedRows).")
-    return {key: value.reshape(1, -1) for key, value in batch.items()}
-
-
-def id_matrices(rows: Rows, num_rows: int, batch_size: int = 1024) -> Iterator[np.ndarray]:
-    """The ids of the different rows among the first `num_rows`, in pieces for counting: int32 [<= batch_size, length]."""
-    stop = min(num_rows, len(rows))
-    for first in range(0, stop, batch_size):
-        numbers = range(first, min(first + batch_size, stop))
-        yield torch.stack([rows.row(number)["input_ids"] for number in numbers]).numpy().astype(np.int32)
+    previous, predicted = [], []
+    for row in map(rows.row, numbers):
+        labels = row["labels"][1:]
+        counted = labels != IGNORED
+        previous.append(row["input_ids"][:-1][counted])
+        predicted.append(labels[counted])
+    return torch.cat(previous).numpy(), torch.cat(predicted).numpy()

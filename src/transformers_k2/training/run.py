@@ -143,38 +143,46 @@ class Run:
             tokenizer.save_pretrained(self.folder)
         machine.barrier()
 
-    def reload_and_generate(self) -> str:
+    def reload_and_generate(self) -> tuple[str, str]:
         """Load what was saved through the Auto classes, compare it with the model, and sample from it, on rank 0.
+
+        Returns:
+            What it writes, and how it compares.
 
         Raises:
             RuntimeError: the reloaded model computes something else.
         """
         if self.parameters[0] > _RELOAD_LIMIT:
-            return f"(not reloaded: {self.parameters[0] / 1e9:.0f} G parameters)"
+            return "", f"no: {self.parameters[0] / 1e9:.0f} G parameters on one process"
         batch = {key: value[:1] for key, value in self.trainer.held_out[0].items()}
-        expected = _loss_and_logits(self.trainer, batch, self.recipe.adapter is not None)
+        loss, logits = _loss_and_logits(self.trainer, batch, self.recipe.adapter is not None)
         if machine.rank() != 0:
-            return ""
+            return "", ""
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         reloaded = self._reload()
         with torch.no_grad():
             output = reloaded.eval()(
                 **{key: value.to(reloaded.device) for key, value in batch.items()}, use_cache=False
             )
+        classes = f"with {'PeftModel' if self.recipe.adapter else 'AutoModelForCausalLM'} and AutoTokenizer: "
         # The base of an NF4 run is loaded in its own dtype again.
         same_weights = not isinstance(self.recipe.quantization, NF4)
-        if same_weights and expected[1] is not None and not torch.equal(expected[1], output.logits):
+        if same_weights and logits is not None:
+            if not torch.equal(logits, output.logits):
+                raise RuntimeError(
+                    f"The model loaded from {self.folder} differs from the one that was saved, by up to "
+                    f"{(logits - output.logits).abs().max():.3g} in the logits."
+                )
+            return _sample(self.recipe, reloaded, tokenizer), f"{classes}the logits are the same to the bit"
+        expected, found = float(loss), float(output.loss)
+        if abs(expected - found) > (1e-3 if same_weights else 0.1) * abs(expected):
             raise RuntimeError(
-                f"The model loaded from {self.folder} differs from the one that was saved, by up to "
-                f"{(expected[1] - output.logits).abs().max():.3g} in the logits."
+                f"The model loaded from {self.folder} has a loss of {found:.5f} where the one that was saved has "
+                f"{expected:.5f}."
             )
-        tolerance = 1e-3 if same_weights else 0.1
-        if abs(float(expected[0]) - float(output.loss)) > tolerance * abs(float(expected[0])):
-            raise RuntimeError(
-                f"The model loaded from {self.folder} has a loss of {float(output.loss):.5f} where the one that was saved "
-                f"has {float(expected[0]):.5f}."
-            )
-        return _sample(self.recipe, reloaded, tokenizer)
+        base = "" if same_weights else f" on the base in {str(reloaded.dtype).removeprefix('torch.')}"
+        text = f"{classes}on a held-out row{base} its loss is {found:.5f}, as trained {expected:.5f}"
+        return _sample(self.recipe, reloaded, tokenizer), text
 
     def _reload(self) -> Any:
         """The model in the folder; an adapter on the base that it names, through PEFT."""

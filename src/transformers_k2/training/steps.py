@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .rows import IGNORED, Rows, collate
+from .rows import IGNORED, Rows, collate, spread
 
 Batch = dict[str, Tensor]
 
@@ -131,10 +131,9 @@ def held_out_batches(
 
     Sharded models compute together, so a process without rows left goes along with rows that no loss counts.
     """
-    count = min(num_rows, len(rows))
-    numbers = [place * (len(rows) - 1) // max(count - 1, 1) for place in range(count)]
+    numbers = spread(len(rows), num_rows)
     mine = numbers[data_rank::data_size]
-    longest = -(-count // data_size)
+    longest = -(-len(numbers) // data_size)
     chosen = [rows.row(number) for number in mine]
     chosen += [_ignored(rows.row(numbers[0]))] * (longest - len(chosen))
     return [collate(chosen[start : start + rows_per_batch]) for start in range(0, longest, rows_per_batch)]
