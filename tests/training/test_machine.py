@@ -209,7 +209,9 @@ def test_two_nodes_one_of_which_dies(expected: Run, tmp_path: Path, rendezvous: 
         place = ("--rdzv_backend", "c10d", "--rdzv_id", "7", "--rdzv_endpoint", f"localhost:{port}")
         return (*common, *place, "--rdzv_conf", f"is_host={number == 0}")
 
-    with launched(run, *node(0)) as first, launched(run, *node(1)) as second:
+    # torch 2.13 otherwise gives an agent that joins in a later round no address of rank 0: both end with a timeout.
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if rendezvous == "c10d" else {}
+    with launched(run, *node(0), **apart) as first, launched(run, *node(1), **apart) as second:
         wait_for_step(run, 3)
         end(second)
         if rendezvous == "static":
@@ -217,7 +219,7 @@ def test_two_nodes_one_of_which_dies(expected: Run, tmp_path: Path, rendezvous: 
             with launched(run, *node(0)) as again, launched(run, *node(1)) as other:
                 codes = [again.wait(300), other.wait(300)]
         else:
-            with launched(run, *node(1)) as other:
+            with launched(run, *node(1), **apart) as other:
                 codes = [first.wait(300), other.wait(300)]
     assert codes == [0, 0], (tmp_path / "agent.log").read_text()[-3000:]
     assert_same(run, expected)

@@ -34,6 +34,8 @@ GRACE=${GRACE:-840}        # seconds for the last step and its checkpoint; below
 PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS))}
+# An agent that joins in a later round of the rendezvous gets rank 0's address only without the shared store (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # accelerate launch would do as well (multi_node.yaml), but has no --shutdown-timeout: after SIGTERM, torchrun gives its
 # processes so long to save, and kills them after that. The default of 30 seconds is too short for large models.
