@@ -18,7 +18,10 @@ RECIPE = "debug_pretrain"
 
 
 @pytest.mark.parametrize("name", names("training_recipes"))
-def test_every_recipe_is_complete_and_fits_its_model(name: str) -> None:
+def test_every_recipe_is_complete_and_fits_its_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run has left weights
     recipe = load_recipe(name)
     if (weights := recipe.model.weights) is not None and weights.startswith("runs/"):
         # Made by another recipe first; tests/training/test_recipes_run.py does.
