@@ -68,11 +68,11 @@ def plan_command(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Plan this recipe, a file or a name in training_recipes/, instead of CONFIG and options."
+            help="Plan this recipe, a file or a name in training_recipes/, for CONFIG if that is given too."
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 32,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a machine.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 32,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
     pipeline: Annotated[
         int | None, typer.Option(help="Stages. Without a layout, the best is searched.")
     ] = None,
@@ -120,13 +120,15 @@ def plan_command(
       k2 plan kimi_k2_instruct --sweep --plot sweep.png --recompute full
 
       k2 plan --recipe k2_pretrain --nodes 128
+
+      k2 plan moonlight_16b_a3b_instruct --nodes 1 --recipe my_recipe.yaml
     """
     from .parallel.plan_report import plot_sweep, render, render_sweep
     from .parallel.plan_search import plan_nodes
 
-    if (config is None) == (recipe is None):
+    if config is None and recipe is None:
         raise ValueError(
-            "k2 plan needs a CONFIG or a --recipe, one of them: k2 plan --recipe k2_pretrain --nodes 128."
+            "k2 plan needs a CONFIG, a --recipe or both: k2 plan kimi_k2_instruct --nodes 128 --recipe k2_pretrain."
         )
     numbers = (32, 64, 128, 256) if sweep else (nodes,)
     machine = {
@@ -140,14 +142,16 @@ def plan_command(
         from .training.plan import plan_recipe
         from .training.recipe import load_recipe
 
-        used = {"recipe", "nodes", "gpus_per_node", "sweep", "plot", "as_json", *machine}
+        used = {"config", "recipe", "nodes", "gpus_per_node", "sweep", "plot", "as_json", *machine}
         given = [name for name in context.params if _is_given(context, name) and name not in used]
         if given:
             raise ValueError(
                 f"{', '.join(given)} is the recipe's to say: expected no such option with --recipe."
             )
         loaded = load_recipe(recipe)
-        found = {number: [plan_recipe(loaded, number, gpus_per_node, **machine)] for number in numbers}
+        found = {
+            number: [plan_recipe(loaded, number, gpus_per_node, config, **machine)] for number in numbers
+        }
     else:
         assert config is not None
         found = plan_nodes(

@@ -82,3 +82,23 @@ def test_refusals() -> None:
         plan_recipe(load("debug_pretrain"), 1, 1, colour=1)
     with pytest.raises(ValueError, match="expected a multiple of 6, 3 data ranks"):
         plan_recipe(load("debug_pretrain"), 1, 3)
+
+
+def test_another_size_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    (folder := tmp_path / "model").mkdir()
+    (folder / "config.json").write_text(find("configs", "debug_0_2b").read_text(encoding="utf-8"))
+    recipe = load("debug_pretrain")
+    by_name, by_folder = (plan_recipe(recipe, 1, 2, size) for size in ("debug_0_2b", str(folder)))
+    assert by_name.stages == by_folder.stages
+    assert by_name.num_parameters > 100 * plan_recipe(recipe, 1, 2).num_parameters
+
+
+def test_copies_that_do_not_fit_are_told_of_shards() -> None:
+    made = plan_recipe(load("debug_pretrain"), 1, 8, "moonlight_16b_a3b_instruct")
+    assert not made.fits
+    best = made.advice[0]
+    assert best.change == "shards in the place of copies (shard 8)"
+    assert best.fits
+    after = plan_recipe(load("debug_pretrain", "parallel.shard=8"), 1, 8, "moonlight_16b_a3b_instruct")
+    assert after.fits
+    assert made.fullest.peak - after.fullest.peak == pytest.approx(best.saves)

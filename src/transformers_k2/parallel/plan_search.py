@@ -139,6 +139,10 @@ def _changes(tight: Plan) -> list[tuple[str, Layout, dict[str, Any]]]:
         ("activations in the host's memory (offload_activations)", layout, {"offload_activations": True}),
         ("logits 1,024 tokens at a time (loss_chunk_tokens 1024)", layout, {"loss_chunk_tokens": 1024}),
     ]
+    shards = layout.shard * layout.replicate
+    if layout.replicate > 1 and shards <= MAX_SHARD:
+        text = f"shards in the place of copies (shard {shards})"
+        changes.append((text, dataclasses.replace(layout, replicate=1, shard=shards), {}))
     pieces = 4 * layout.pipeline
     if (
         layout.pipeline > 1

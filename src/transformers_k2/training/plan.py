@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..configuration_kimi_k2 import KimiK2Config
@@ -21,10 +22,13 @@ from .recipe import NF4, Int4QAT, Recipe
 MACHINE = ("gpu_memory", "reserve", "intra_node_gbps", "inter_node_gbps", "imbalance")
 
 
-def plan_recipe(recipe: Recipe, nodes: int, gpus_per_node: int = 8, **machine: Any) -> Plan:
+def plan_recipe(
+    recipe: Recipe, nodes: int, gpus_per_node: int = 8, size: str | None = None, **machine: Any
+) -> Plan:
     """The plan of a recipe on so many GPUs, with its longest sequences if it has several lengths.
 
     Args:
+        size: a config.json, a folder with one, or a name in configs/: the model in the place of the recipe's.
         machine: what the recipe does not say: gpu_memory, reserve, intra_node_gbps, inter_node_gbps, imbalance; see
             `plan_options.Options`.
 
@@ -35,6 +39,13 @@ def plan_recipe(recipe: Recipe, nodes: int, gpus_per_node: int = 8, **machine: A
     if unknown := sorted(set(machine) - set(MACHINE)):
         raise ValueError(
             f"A recipe's plan has no option {', '.join(unknown)}: expected some of {', '.join(MACHINE)}."
+        )
+    if size is not None:
+        path = Path(size) / "config.json" if Path(size).is_dir() else size
+        recipe = dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, config=str(path)),
+            tokenizer=dataclasses.replace(recipe.tokenizer, vocab_size=None),  # a plan reads no text
         )
     config = _config(recipe)
     layout = recipe.layout(nodes * gpus_per_node)
