@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, experts
+from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, expert_groups, experts
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
 
@@ -28,7 +28,9 @@ def _registered() -> Iterator[None]:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The products that a GPU uses run here too."""
     grouped = request.param == "grouped_mm"
-    monkeypatch.setattr(experts, "_has_grouped_mm", lambda device, dtype: grouped and dtype.itemsize < 8)
+    monkeypatch.setattr(
+        expert_groups, "_has_grouped_mm", lambda device, dtype: grouped and dtype.itemsize < 8
+    )
     return request.param
 
 
