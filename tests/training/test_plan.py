@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,33 @@ def load(name: str, *overrides: str) -> Recipe:
     "name", [pytest.param(name, marks=pytest.mark.slow if name[:3] == "k2_" else ()) for name in RECIPES]
 )
 def test_every_recipe(name: str) -> None:
-    """On the fewest GPUs that its layout has."""
+    """On as many GPUs as its header names, and on the fewest that its layout has."""
     recipe = load(name)
+    named = re.search(r"\((\d+) process", (FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    sizes = {fewest(recipe)} | ({int(named[1])} if named else set())
+    for num_gpus in sizes:
+        per_node = min(num_gpus, 8)
+        made = plan_recipe(recipe, num_gpus // per_node, per_node)
+        assert made.layout.world_size == num_gpus
+        if (name, num_gpus) != ("k2_pretrain", 256):  # see the next test
+            assert made.fits, [one.change for one in made.advice]
+        assert bool(made.notes) == (recipe.adapter is not None or recipe.quantization is not None)
+
+
+def fewest(recipe: Recipe) -> int:
     parallel = recipe.parallel
-    num_gpus = parallel.pipeline * (parallel.expert if parallel.shard == "all" else parallel.shard)
-    per_node = min(num_gpus, 8)
-    made = plan_recipe(recipe, num_gpus // per_node, per_node)
-    assert made.layout.world_size == num_gpus
-    assert made.fits, [one.change for one in made.advice]
-    assert bool(made.notes) == (recipe.adapter is not None or recipe.quantization is not None)
+    return parallel.pipeline * (parallel.expert if parallel.shard == "all" else parallel.shard)
+
+
+@pytest.mark.slow
+def test_pretraining_on_32_nodes_is_as_its_header_says() -> None:
+    assert fewest(load("k2_pretrain")) == 256
+    assert not plan_recipe(load("k2_pretrain"), 32).fits
+    for changes in (
+        ["optimizer.master_weights=false"],
+        ["memory.recompute=[full]", "parallel.micro_batches_per_run=32"],
+    ):
+        assert plan_recipe(load("k2_pretrain", *changes), 32).fits
 
 
 def test_what_the_recipe_says_is_planned() -> None:
