@@ -15,7 +15,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     CompressedTensorsConfig,
     DeepseekV3ForCausalLM,
     FineGrainedFP8Config,
@@ -80,7 +79,9 @@ def assert_means(model: KimiK2ForCausalLM, meaning: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_codec_loads_exactly(tmp_path: Path, codec: str, dtype: torch.dtype) -> None:
     folder, stored = checkpoint(tmp_path / "hub", codec)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, dequantize=True, output_loading_info=True
+    )
     assert type(model) is KimiK2ForCausalLM
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -91,7 +92,7 @@ def test_every_codec_loads_exactly(tmp_path: Path, codec: str, dtype: torch.dtyp
 @pytest.mark.parametrize("codec", CODECS)
 def test_saving_what_was_loaded(tmp_path: Path, codec: str) -> None:
     folder, stored = checkpoint(tmp_path / "hub", codec)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dequantize=True)
     model.save_pretrained(tmp_path / "saved", max_shard_size="300KB")
     index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
     meaning = decoded(stored, torch.bfloat16)
@@ -125,12 +126,12 @@ def test_language_model_prefix(tmp_path: Path, codec: str, wrapped_config: bool)
     prefixed["vision_tower.encoder.blocks.0.wqkv.weight"] = torch.zeros(6, 2)
     prefixed["mm_projector.proj.0.weight"] = torch.zeros(4, 4)
     folder = write(tmp_path / "k25", prefixed, config if wrapped_config else text, stray=False)
-    model, report = KimiK2ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = KimiK2ForCausalLM.from_pretrained(folder, dequantize=True, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     meaning = decoded(stored, torch.bfloat16)
     assert_means(model, meaning)
-    assert_means(AutoModelForCausalLM.from_pretrained(folder), meaning)
+    assert_means(AutoModelForCausalLM.from_pretrained(folder, dequantize=True), meaning)
     model.save_pretrained(tmp_path / "text")
     assert set(load_file(tmp_path / "text/model.safetensors")) == set(meaning)
     assert json.loads((tmp_path / "text/config.json").read_text())["model_type"] == "kimi_k2"
@@ -156,8 +157,8 @@ def test_quantization_config_argument(tmp_path: Path) -> None:
     assert_means(
         AutoModelForCausalLM.from_pretrained(int4, quantization_config=asked), decoded(stored, torch.bfloat16)
     )
-    with pytest.raises(ValueError, match=r"quantised with 'fp8'.*'bitsandbytes'"):
-        AutoModelForCausalLM.from_pretrained(fp8, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(ValueError, match=r"quantised with 'compressed-tensors'.*'fp8'.*Int4Config"):
+        AutoModelForCausalLM.from_pretrained(int4, quantization_config=FineGrainedFP8Config())
 
 
 def test_stale_quantization_config(tmp_path: Path) -> None:

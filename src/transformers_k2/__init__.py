@@ -11,6 +11,7 @@ from .modeling_kimi_k2 import (
     KimiK2PreTrainedModel,
 )
 from .optim import MuonClip, muon_clip
+from .quantization.hf_quantizer import Int4Config
 from .registration import register
 from .tokenization_kimi_k2 import KimiK2Tokenizer
 from .tokenizer_training import train_tokenizer
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 register()
 
 __all__ = [
+    "Int4Config",
     "KimiK2Config",
     "KimiK2ForCausalLM",
     "KimiK2ForSequenceClassification",

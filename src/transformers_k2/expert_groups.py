@@ -1,8 +1,16 @@
-"""Pairs of token and expert, sorted by expert: gathered, multiplied slice by slice, and summed again by token."""
+"""Pairs of token and expert, sorted by expert: gathered, multiplied slice by slice, and summed again by token.
+
+And what a layer of gated experts makes of them, forward and backward, whatever its matrices are: those of experts.py are
+parameters, those of quantization/packed_ops.py four bits a weight with adapters beside them. Of the activations only the
+output of the gate and up projections is kept: SwiGLU is computed again, and the output of the down projection is not
+needed at all, because the gradient of a routing weight, <down(a), g>, equals <a, g down>, whose right side is computed
+anyhow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +77,7 @@ class Groups:
     def each(self, values: Tensor, num_out: int, product: Callable[[int, Tensor, Tensor], object]) -> Tensor:
         """[pairs, in] -> [pairs, num_out]: `product(expert, rows, out)` for each expert's slice; other rows are zero."""
         output = values.new_empty(values.shape[0], num_out)
-        for expert, start, end in self._slices():
+        for expert, start, end in self.slices():
             product(expert, values[start:end], output[start:end])
         output[self.ends[-1] :] = 0
         return output
@@ -79,14 +87,15 @@ class Groups:
         if self.grouped:
             return F.grouped_mm(left.T, right, offs=self.offsets)
         output = left.new_empty(shape)
-        for expert, start, end in self._slices(empty=True):
+        for expert, start, end in self.slices(empty=True):
             if start == end:
                 output[expert] = 0
             else:
                 torch.mm(left[start:end].T, right[start:end], out=output[expert])
         return output
 
-    def _slices(self, empty: bool = False) -> list[tuple[int, int, int]]:
+    def slices(self, empty: bool = False) -> list[tuple[int, int, int]]:
+        """Expert, start and end of its pairs, in ascending order; `empty`: of experts without pairs too."""
         starts = [0, *self.ends[:-1]]
         slices = zip(range(self.num_experts), starts, self.ends, strict=True)
         return [entry for entry in slices if empty or entry[1] < entry[2]]
@@ -97,6 +106,91 @@ class Groups:
             behind = torch.arange(values.shape[0], device=values.device) >= self.offsets[-1]
             return values.masked_fill(behind.view(-1, *[1] * (values.dim() - 1)), 0)
         return values
+
+
+class Matrices(Protocol):
+    """One matrix [out, in] for each expert, however it is stored."""
+
+    def product(self, groups: Groups, rows: Tensor) -> Tensor:
+        """[pairs, in] -> [pairs, out]."""
+        ...
+
+    def transposed_product(self, groups: Groups, grads: Tensor) -> Tensor:
+        """[pairs, out] -> [pairs, in]: the gradient of the rows."""
+        ...
+
+    def gradients(self, groups: Groups, grads: Tensor, rows: Tensor) -> list[Tensor]:
+        """[pairs, out] and [pairs, in] -> the gradients of what is trained."""
+        ...
+
+
+def forward(
+    groups: Groups, hidden: Tensor, weights: Tensor, gate_up: Matrices, down: Matrices
+) -> tuple[Tensor, Tensor]:
+    """[tokens, hidden] -> [tokens, hidden], float32 at least, and what `backward` needs: [pairs, 2 * intermediate].
+
+    `hidden` has the dtype of the products.
+    """
+    gate_up_out = gate_up.product(groups, groups.gather(hidden))
+    gate, up = gate_up_out.chunk(2, dim=-1)
+    output = down.product(groups, F.silu(gate).mul_(up))
+    return groups.scatter(output, weights), gate_up_out
+
+
+def backward(
+    groups: Groups,
+    grad: Tensor,
+    hidden: Tensor | None,
+    weights: Tensor,
+    gate_up_out: Tensor,
+    gate_up: Matrices,
+    down: Matrices,
+    needs_hidden: bool,
+    needs_weights: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor]]:
+    """The gradients of hidden states, routing weights, and of what is trained in `gate_up` and in `down`.
+
+    Args:
+        grad: of the output, [tokens, hidden]; that of the hidden states is returned in its dtype.
+        hidden: [tokens, hidden], if `needs_gate_up`.
+    """
+    grad_hidden = grad_weights = None
+    gate_up_grads: list[Tensor] = []
+    down_grads: list[Tensor] = []
+    dtype = gate_up_out.dtype
+    scale = groups.rows(weights)  # (pairs, 1)
+    gate, up = gate_up_out.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    activation = silu * up
+    rows = groups.gather(grad.to(dtype))
+    # Of the down projection's input, without the routing weight.
+    grad_activation = down.transposed_product(groups, rows)
+    if needs_weights:
+        wide = torch.promote_types(dtype, torch.float32)
+        products = (grad_activation.to(wide) * activation).sum(-1)
+        grad_weights = groups.unsort(products).view_as(weights).to(weights.dtype)
+    if needs_down:
+        down_grads = down.gradients(groups, rows, activation.mul_(scale))
+    del rows, activation
+    if needs_hidden or needs_gate_up:
+        grad_activation.mul_(scale)
+        grad_out = torch.empty_like(gate_up_out)
+        grad_gate, grad_up = grad_out.chunk(2, dim=-1)
+        torch.mul(grad_activation, silu, out=grad_up)
+        # silu'(x) = s (1 + x (1 - s)) = s + silu (1 - s)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        torch.mul(grad_activation.mul_(up), slope, out=grad_gate)
+        del sigmoid, silu, slope, grad_activation
+        if needs_gate_up:
+            assert hidden is not None
+            gate_up_grads = gate_up.gradients(groups, grad_out, groups.gather(hidden.to(dtype)))
+        if needs_hidden:
+            grad_rows = gate_up.transposed_product(groups, grad_out)
+            grad_hidden = groups.scatter(grad_rows, None).to(grad.dtype)
+    return grad_hidden, grad_weights, gate_up_grads, down_grads
 
 
 def _has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,10 +1,9 @@
 """Routed experts for training: transformers' experts interface under the name `k2`, with a backward pass of its own.
 
 Tokens are sorted by expert once; every expert then multiplies one contiguous slice. Of the activations only the output of
-the gate and up projections is kept for the backward pass: the tokens are gathered again, SwiGLU is computed again, and
-the output of the down projection is not needed at all, because the gradient of a routing weight,
-<down(a), g>, equals <a, g down>, whose right side is computed anyhow. So the recomputation choices `swiglu` and
-`moe_down` of the K2 report hold for routed experts without a matrix product computed twice.
+the gate and up projections is kept for the backward pass (expert_groups.py), and the tokens are gathered again. So the
+recomputation choices `swiglu` and `moe_down` of the K2 report hold for routed experts without a matrix product computed
+twice.
 
 On GPUs from compute capability 8.0 the products are torch's grouped_mm, elsewhere one product per expert, which reads the
 slices' lengths on the host once a pass. Given up: biases, transposed or ungated experts (no K2 layout has them; an
@@ -16,11 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from . import expert_groups
 from .expert_groups import Groups
 
 NAME = "k2"
@@ -73,50 +72,47 @@ class _Experts(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
         with torch.autocast(device, enabled=False):
             groups = Groups(index, gate_up.shape[0], hidden.device, dtype)
-            gate_up_out = groups.linear(groups.gather(hidden.to(dtype)), gate_up.to(dtype))
-            gate, up = gate_up_out.chunk(2, dim=-1)
-            output = groups.linear(F.silu(gate).mul_(up), down.to(dtype))
+            matrices = _Stack(gate_up, dtype), _Stack(down, dtype)
+            output, gate_up_out = expert_groups.forward(groups, hidden.to(dtype), weights, *matrices)
             ctx.save_for_backward(hidden, gate_up, down, weights, gate_up_out)
             ctx.groups, ctx.dtype = groups, dtype
-            return groups.scatter(output, weights).to(hidden.dtype)
+            return output.to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, gate_up, down, weights, gate_up_out = ctx.saved_tensors
-        groups, dtype = ctx.groups, ctx.dtype
         needs_hidden, needs_gate_up, needs_down, needs_weights, _ = ctx.needs_input_grad
-        grad_hidden = grad_gate_up = grad_down = grad_weights = None
         with torch.autocast(hidden.device.type, enabled=False):
-            scale = groups.rows(weights)  # (pairs, 1)
-            gate, up = gate_up_out.chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
-            activation = silu * up
-            grad = groups.gather(grad.to(dtype))
-            # Of the down projection's input, without the routing weight.
-            grad_activation = groups.linear(grad, down.to(dtype).transpose(1, 2))
-            if needs_weights:
-                wide = torch.promote_types(dtype, torch.float32)
-                products = (grad_activation.to(wide) * activation).sum(-1)
-                grad_weights = groups.unsort(products).view_as(weights).to(weights.dtype)
-            if needs_down:
-                grad_down = groups.outer(grad, activation.mul_(scale), down.shape).to(down.dtype)
-            del grad, activation
-            if needs_hidden or needs_gate_up:
-                grad_activation.mul_(scale)
-                grad_out = torch.empty_like(gate_up_out)
-                grad_gate, grad_up = grad_out.chunk(2, dim=-1)
-                torch.mul(grad_activation, silu, out=grad_up)
-                # silu'(x) = s (1 + x (1 - s)) = s + silu (1 - s)
-                slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-                torch.mul(grad_activation.mul_(up), slope, out=grad_gate)
-                del sigmoid, silu, slope, grad_activation
-                if needs_gate_up:
-                    rows = groups.gather(hidden.to(dtype))
-                    grad_gate_up = groups.outer(grad_out, rows, gate_up.shape).to(gate_up.dtype)
-                    del rows
-                if needs_hidden:
-                    grad_rows = groups.linear(grad_out, gate_up.to(dtype).transpose(1, 2))
-                    grad_hidden = groups.scatter(grad_rows, None).to(hidden.dtype)
+            grad_hidden, grad_weights, of_gate_up, of_down = expert_groups.backward(
+                ctx.groups,
+                grads[0],
+                hidden,
+                weights,
+                gate_up_out,
+                _Stack(gate_up, ctx.dtype),
+                _Stack(down, ctx.dtype),
+                needs_hidden,
+                needs_weights,
+                needs_gate_up,
+                needs_down,
+            )
+            grad_gate_up = of_gate_up[0].to(gate_up.dtype) if needs_gate_up else None
+            grad_down = of_down[0].to(down.dtype) if needs_down else None
         return grad_hidden, grad_gate_up, grad_down, grad_weights, None
+
+
+class _Stack:
+    """[experts, out, in], cast for as long as a product takes."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+
+    def product(self, groups: Groups, rows: Tensor) -> Tensor:
+        return groups.linear(rows, self.weight.to(self.dtype))
+
+    def transposed_product(self, groups: Groups, grads: Tensor) -> Tensor:
+        return groups.linear(grads, self.weight.to(self.dtype).transpose(1, 2))
+
+    def gradients(self, groups: Groups, grads: Tensor, rows: Tensor) -> list[Tensor]:
+        return [groups.outer(grads, rows, self.weight.shape)]

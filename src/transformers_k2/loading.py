@@ -1,9 +1,9 @@
 """`from_pretrained` for the Kimi K2 classes: look first, then load, then prove that nothing is missing.
 
 Three steps around transformers' own loader. Before it, the files' headers are compared with the configuration, so that
-a broken folder costs seconds and a one-line error, not an hour and a printed report. Then FP8 and INT4 checkpoints are
-routed to our quantizer (quantization/hf_quantizer.py). After it, the loader's own report is read: a weight of the
-language model that was not in the checkpoint, or was and found no place, is an error.
+a broken folder costs seconds and a one-line error, not an hour and a printed report. Then it is settled what becomes of
+quantised weights (quantization_choice.py), and FP8 and INT4 files are read by lazy_weights.py. After it, the loader's own
+report is read: a weight of the language model that was not in the checkpoint, or was and found no place, is an error.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.distributed.checkpoint import is_sharded_checkpoint
-from transformers.utils import cached_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils import cached_file, logging
 
+from . import quantization_choice
 from .checkpoint import Checkpoint, check_index
 from .configuration_kimi_k2 import KimiK2Config
+from .lazy_weights import OpenFiles, is_coded, lazy_weights, read_headers
 from .preflight import compare
-from .quantization.hf_quantizer import METHOD
+from .quantization.hf_quantizer import PackedQuantizer
+from .quantization_choice import reading
+
+logger = logging.get_logger(__name__)
 
 # Heads that a task may add or leave behind.
 _HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs)\.")
@@ -70,8 +74,11 @@ def from_pretrained(
         )
     kwargs["use_safetensors"] = True
     _look_first(cls, Path(path), config, kwargs, strict)
-    _route_quantization(config, kwargs)
-    model, report = upstream(path, *model_args, config=config, output_loading_info=True, **kwargs)
+    token = reading.set(quantization_choice.choose(config, kwargs))
+    try:
+        model, report = upstream(path, *model_args, config=config, output_loading_info=True, **kwargs)
+    finally:
+        reading.reset(token)
     if strict:
         _check_report(model, report, config, headless=_is_headless(config), path=path)
     _forget_conversions(model)
@@ -139,64 +146,42 @@ def _is_headless(config: KimiK2Config) -> bool:
     return any(name.endswith(("K2Model", "V3Model")) for name in config.architectures or [])
 
 
-def _route_quantization(config: KimiK2Config, kwargs: dict[str, Any]) -> None:
-    """Send FP8-block and INT4-pack checkpoints to our quantizer, unless transformers' FP8 kernels can run them."""
-    stored = getattr(config, "quantization_config", None)
-    stored = stored.to_dict() if stored is not None and not isinstance(stored, dict) else stored
-    if not stored:
-        if stored is not None:
-            del config.quantization_config
-        return
-    asked = kwargs.get("quantization_config")
-    if isinstance(asked, QuantizationConfigMixin):
-        asked = asked.to_dict() | {"dequantize": getattr(asked, "dequantize", False)}
-    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
-    if method == "fp8":
-        block = tuple(stored.get("weight_block_size") or ())
-        if len(block) != 2:
-            return
-        if not (asked or {}).get("dequantize", False) and _fp8_kernels_run():
-            return
-        ours = {"quant_method": METHOD, "block": block}
-    elif method == "compressed-tensors" and _is_int4_pack(stored):
-        ours = {"quant_method": METHOD}
-    else:
-        return
-    if asked is not None:
-        wanted = str(getattr(asked.get("quant_method"), "value", asked.get("quant_method")))
-        if wanted != method:
-            raise ValueError(
-                f"The checkpoint is quantised with {method!r}, but quantization_config asks for {wanted!r}: load it "
-                f"without quantization_config, save it (that writes bf16), and quantise the result."
+def load_weights(
+    upstream: Callable[..., Any],
+    model: Any,
+    state_dict: Any,
+    checkpoint_files: Any,
+    load_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """transformers' `_load_pretrained_model`, with FP8 and INT4 weights read by lazy_weights.py.
+
+    Args:
+        upstream: that function; the others are its arguments.
+    """
+    how = reading.get()
+    reading.set(None)  # an adapter that is loaded after its base comes by here too
+    files = checkpoint_files or ()
+    tensors = {}
+    if how is not None and state_dict is None and all(str(file).endswith(".safetensors") for file in files):
+        tensors = read_headers(files)
+    if how is None or (how.packing is None and not is_coded(tensors)) or not tensors:
+        return upstream(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+    if isinstance(quantizer := load_config.hf_quantizer, PackedQuantizer):
+        if any(name.endswith(".weight_shape") and info.dtype == "I64" for name, info in tensors.items()):
+            quantizer.shape_dtype = torch.int64  # as compressed-tensors' own library writes it
+        others = [name for name in tensors if name.endswith(".weight_packed") and ".mlp.experts." not in name]
+        if others:
+            quantizer.quantization_config.stored = None  # which says that they are INT4
+            logger.warning(
+                f"{len(others)} INT4 weights that are no routed experts ({others[0]}, ...) are dequantised to "
+                f"{load_config.dtype}."
             )
-        del kwargs["quantization_config"]
-    if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
-        raise ValueError(
-            f"A {method!r} checkpoint cannot be split over ranks while it is dequantised: load it on one process, "
-            f"save it as bf16, then load that with a distributed_config."
-        )
-    if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto") and config.dtype is None:
-        kwargs["dtype"] = torch.bfloat16  # "auto" would read float8 or int32 from the first tensor
-    config.quantization_config = ours
-
-
-def _fp8_kernels_run() -> bool:
-    """Where transformers' finegrained-FP8 quantizer would not fall back to dequantising (read, not tried here)."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 9)
-    return torch.xpu.is_available()
-
-
-def _is_int4_pack(stored: dict[str, Any]) -> bool:
-    groups = [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()]
-    return (
-        bool(groups)
-        and all(
-            weights.get("num_bits") == 4 and weights.get("type") == "int" and weights.get("symmetric") is True
-            for weights in groups
-        )
-        and stored.get("format") == "pack-quantized"
-    )
+    with OpenFiles() as opened:
+        weights = lazy_weights(tensors, opened, load_config.dtype, how.packing, how.block)
+        # Without their files: weights that are offloaded to disk are written there as the model has them.
+        return upstream(model, weights, None, load_config, *args, **kwargs)
 
 
 def _check_report(model: Any, report: Any, config: KimiK2Config, headless: bool, path: Any) -> None:

@@ -116,7 +116,7 @@ class Quantization:
                 raise ValueError(f"{module} has {in_features} input features: expected {wanted}.")
             return {
                 f"{module}.weight_packed": ((out_features, in_features // 8), "I32"),
-                f"{module}.weight_scale": ((out_features, in_features // self.group), dtype),
+                f"{module}.weight_scale": ((out_features, in_features // self.group), "BF16"),
                 f"{module}.weight_shape": ((2,), "I32"),
             }
         return {f"{module}.weight": ((out_features, in_features), dtype)}

@@ -52,11 +52,14 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
         """Load a checkpoint in any published form; see `transformers.PreTrainedModel.from_pretrained` for the options.
 
         bf16, FP8 (128x128 blocks) and compressed-tensors INT4 checkpoints load, with or without K2.5's
-        `language_model.` prefix. FP8 stays FP8 where transformers' own FP8 kernels can run (CUDA capability >= 8.9 or
-        XPU) and `quantization_config=FineGrainedFP8Config(dequantize=True)` does not say otherwise; everything else is
-        dequantised to `dtype`.
+        `language_model.` prefix. INT4 experts stay packed. FP8 stays FP8 where transformers' own FP8 kernels can run (CUDA
+        capability >= 8.9 or XPU), and is dequantised to `dtype` elsewhere. What else can become of them is in
+        quantization_choice.py.
 
         Args:
+            dequantize: everything in `dtype`, whatever the files hold.
+            quantization_config: `Int4Config()` quantises the routed experts of bf16 and FP8 files; one of bitsandbytes or
+                quanto does so too, and has the linear layers; the checkpoint's own is the default.
             strict: a missing or left-over tensor of the language model is an error (default). With `strict=False` it is
                 only reported, as in transformers.
 
@@ -67,6 +70,11 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
         return loading.from_pretrained(
             cls, super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
         )
+
+    @staticmethod
+    def _load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+        """The step of transformers' from_pretrained that reads files: ours reads FP8 and INT4 (see lazy_weights.py)."""
+        return loading.load_weights(DeepseekV3PreTrainedModel._load_pretrained_model, *args, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:

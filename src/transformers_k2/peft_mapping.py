@@ -17,9 +17,11 @@ modules and the hub's per-expert names:
 One function of PEFT is wrapped, `convert_peft_config_for_transformers`; other models pass through it
 untouched. PEFT is never imported by registering: its module is wrapped when something else imports it.
 
-Given up: PEFT applies LoRA to a fused parameter by computing W + B A for all experts of the layer in each
-forward, and keeps it for the backward pass: a second copy of the experts, 34 GB a layer at K2's size. And its
-loader does not find the experts of a per-expert adapter file that has no down_proj; it warns.
+Routed experts that stay INT4 (`PackedExperts`) are adapted under the same names; packed_lora.py has how.
+
+Given up: on experts that are not packed PEFT applies LoRA to a fused parameter by computing W + B A for all experts
+of the layer in each forward, and keeps it for the backward pass: a second copy of the experts, 34 GB a layer at K2's
+size. And its loader does not find the experts of a per-expert adapter file that has no down_proj; it warns.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from typing import Any
 from torch import nn
 
 from .configuration_kimi_k2 import KimiK2Config
+from .quantization.packed_experts import STACKS, PackedExperts
 
 _PEFT_MODULE = "peft.utils.transformers_weight_conversion"
 _EXPERTS, _ROUTER = "mlp.experts", "mlp.gate"
@@ -120,9 +123,17 @@ def resolve(config: Any, model: nn.Module) -> None:
         *others,
         *(entry for key in experts for entry in _shortest(experts[key], names.experts, key)),
     }
+    adapted = [names.modules[container] for containers in experts.values() for container in containers]
+    packs = [isinstance(module, PackedExperts) for module in adapted]
     if parameters:
-        _check_options(config)
+        _check_options(config, dropout=bool(packs) and all(packs) and not others)
+    if not any(packs):
+        _check_saved_options(config)
 
+    if any(packs):
+        from . import packed_lora
+
+        packed_lora.prepare(config, model)
     config.target_modules, config.target_parameters = modules, sorted(parameters)
     config.rank_pattern, config.alpha_pattern = patterns
     _silence_pattern_warnings(config, names, experts)
@@ -179,6 +190,9 @@ class _Names:
 
 
 def _parameters(module: nn.Module) -> list[str]:
+    """By the names that adapters use: packed experts have those of the parameters that they stand for."""
+    if isinstance(module, PackedExperts):
+        return list(STACKS)
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
@@ -348,13 +362,19 @@ def _check_layers_and_modules_to_save(config: Any, names: _Names) -> None:
         raise names.unmatched("modules_to_save", absent, [name for name in choices if not name.isdigit()])
 
 
-def _check_options(config: Any) -> None:
-    """Refuse what PEFT's wrapper for parameters refuses too, but halfway, with some layers replaced."""
+def _check_options(config: Any, dropout: bool) -> None:
+    """Refuse what PEFT's wrapper for parameters refuses too, but halfway, with some layers replaced.
+
+    Args:
+        dropout: all of the parameters are those of packed experts, where LoRA has an input of its own.
+    """
     reasons = {
         "lora_dropout": "the update is added to the weight, so there is no input of its own to drop",
         "lora_bias": "they have no bias",
         "fan_in_fan_out": "their layout is fixed",
     }
+    if dropout:
+        del reasons["lora_dropout"]
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     reasons |= dict.fromkeys(variants, "PEFT has this variant for modules only")
     wrong = [name for name in reasons if getattr(config, name)]
@@ -365,6 +385,19 @@ def _check_options(config: Any) -> None:
         raise ValueError(
             f"LoRA {wrong[0]}={getattr(config, wrong[0])!r} is impossible on target_parameters and the "
             f"experts' fused parameters ({reasons[wrong[0]]}): remove the option, {_OR_NO_EXPERTS}"
+        )
+
+
+def _check_saved_options(config: Any) -> None:
+    """Training must not go on without what the adapter was trained with, or was asked for; to evaluate it is harmless."""
+    from .packed_lora import trained_with
+
+    options = trained_with(config)
+    if options and not config.inference_mode:
+        name, value = next(iter(options.items()))
+        raise ValueError(
+            f"LoRA {name}={value!r} was made for packed INT4 experts, and none are adapted here: load the base "
+            f"checkpoint without dequantize=True, load the adapter for inference only, or remove the option."
         )
 
 

@@ -51,7 +51,10 @@ def compare(config: Mapping[str, Any], stored: Stored) -> list[Problem]:
     fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
     expected = expected_tensors(config, "none", fused=fused)
     layers = config["num_hidden_layers"]
-    block = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    quantization = config.get("quantization_config") or {}
+    block = quantization.get("weight_block_size") or (128, 128)
+    schemes = [scheme.get("weights") or {} for scheme in (quantization.get("config_groups") or {}).values()]
+    group = schemes[0].get("group_size") if len(schemes) == 1 else None
 
     def beyond(
         name: str,
@@ -66,7 +69,7 @@ def compare(config: Mapping[str, Any], stored: Stored) -> list[Problem]:
         parts = [name, *(f"{name}{suffix}" for suffix in ("_packed", "_scale", "_shape", "_scale_inv"))]
         present = {part.removeprefix(name): tensors[part] for part in parts if part in tensors}
         used.update(part for part in parts if part in tensors)
-        if fault := _fault(name, shape, present, block):
+        if fault := _fault(name, shape, present, block, group):
             problems.append(fault)
     problems += [
         Problem("left over", name, f"{spelling[name]} has no place in the model that config.json describes")
@@ -76,8 +79,16 @@ def compare(config: Mapping[str, Any], stored: Stored) -> list[Problem]:
     return problems
 
 
-def _fault(name: str, shape: tuple[int, ...], present: Stored, block: Sequence[int]) -> Problem | None:
-    """What is wrong with the tensors that store one weight; `present` maps suffixes to (shape, dtype)."""
+def _fault(
+    name: str, shape: tuple[int, ...], present: Stored, block: Sequence[int], group: int | None
+) -> Problem | None:
+    """What is wrong with the tensors that store one weight.
+
+    Args:
+        present: suffix -> (shape, dtype).
+        block: rows and columns of an FP8 scale.
+        group: inputs of an INT4 scale; None if the configuration does not say.
+    """
 
     def wrong(suffix: str, wanted: tuple[int, ...]) -> Problem | None:
         got = present[suffix][0]
@@ -95,6 +106,8 @@ def _fault(name: str, shape: tuple[int, ...], present: Stored, block: Sequence[i
             return lacks("_scale")
         if fault := wrong("_packed", (shape[0], -(-shape[1] // _PER_INT32))):
             return fault
+        if group:
+            return wrong("_scale", (shape[0], -(-shape[1] // group)))
         groups = present["_scale"][0]
         if len(groups) != 2 or groups[0] != shape[0] or groups[1] == 0 or shape[1] % groups[1]:
             text = f"{name}_scale has shape {list(groups)}, which divides no {list(shape)} weight into groups"

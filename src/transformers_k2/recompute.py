@@ -36,6 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from .experts import NAME as EXPERTS
+from .quantization.packed_experts import PackedExperts
 
 NAMES = ("norms", "swiglu", "mla_up", "moe_down", "full")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "norm")
@@ -191,8 +192,11 @@ def _modules(model: nn.Module, name: str) -> list[nn.Module]:
     if name in ("swiglu", "moe_down"):
         for path in experts:
             # An adapter on the experts wraps them; the configuration is the inner module's.
-            inner = next(module for module in modules[path].modules() if "config" in module.__dict__)
-            found = inner.config._experts_implementation
+            inner = list(modules[path].modules())
+            if any(isinstance(module, PackedExperts) for module in inner):
+                continue  # they keep neither, whatever the implementation of others
+            config = next(module.config for module in inner if "config" in module.__dict__)
+            found = config._experts_implementation
             if found != EXPERTS:
                 raise ValueError(
                     f"recompute: {name!r} needs experts_implementation={EXPERTS!r} for {path}, which has {found!r}: call "

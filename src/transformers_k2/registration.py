@@ -39,7 +39,7 @@ from .modeling_kimi_k2 import (
     KimiK2ForTokenClassification,
     KimiK2Model,
 )
-from .quantization.hf_quantizer import METHOD, CheckpointConfig, CheckpointQuantizer
+from .quantization.hf_quantizer import METHOD, Int4Config, PackedQuantizer
 from .tokenization_kimi_k2 import HUB_CLASS_NAME, KimiK2Tokenizer
 
 MODEL_TYPE = KimiK2Config.model_type
@@ -79,8 +79,8 @@ def register() -> None:
     mapping = [PrefixChange(prefix_to_remove="language_model"), *fusing]
     register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
 
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CheckpointConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = CheckpointQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int4Config
+    AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
     peft_mapping.register()
     attention.register()

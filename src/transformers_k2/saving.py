@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import sync, write_text
+from .quantization.packed_experts import hub_form
 
 _STAGING = ".saving"
 _INDEX_NAME, _SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -47,7 +48,7 @@ def save_pretrained(
         )
     adapter = getattr(model, "_hf_peft_config_loaded", False)
     in_place = adapter or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint")
-    with _only_true_quantization(model):
+    with _only_true_quantization(model), hub_form(model):
         if in_place:
             upstream(save_directory, is_main_process, *args, **kwargs)
             return

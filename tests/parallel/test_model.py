@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from checkpoints import decoded, hub_config, per_expert, stock_model, to_fp8, to_int4, write
 from pipeline_ranks import SHARES, global_batch, one_loss, run, run_model
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
 from transformers_k2.parallel import (
@@ -171,18 +172,35 @@ def test_checkpoints_in_half_precision(hub: Path, tiny_model: KimiK2ForCausalLM)
         assert torch.equal(value, tiny_model.state_dict()[name].to(wanted)), name
 
 
-@pytest.mark.parametrize("suffix", ["weight_scale_inv", "weight_packed", "weight_scale"])
-def test_quantised_checkpoints_are_refused(hub: Path, suffix: str) -> None:
-    name = f"model.layers.1.mlp.experts.0.up_proj.{suffix}"
-    rewrite(hub, lambda tensors: tensors | {name: torch.ones(1, 3)})
-    with pytest.raises(ValueError, match=f"is quantised .{name}"):
-        CheckpointWeights(hub)
+@pytest.mark.parametrize(
+    ("encode", "dtype"), [(to_fp8, torch.float32), (to_int4, torch.float32), (to_int4, torch.bfloat16)]
+)
+def test_quantised_checkpoints_are_multiplied_out(
+    tmp_path: Path, encode: Callable[..., dict[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    stored = encode(per_expert(stock_model()))
+    folder = write(tmp_path, stored, hub_config(), rename=lambda name: f"language_model.{name}")
+    source = CheckpointWeights(folder)
+    model = build_model(KimiK2Config(**hub_config()), Layout(), source, dtype=dtype)
+    expected = decoded(stored, dtype)
+    state = model.state_dict()
+    for layer in (1, 2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        for expert in range(6):
+            parts = [expected.pop(f"{stem}.{expert}.{part}_proj.weight") for part in ("gate", "up")]
+            assert torch.equal(state[f"{stem}.gate_up_proj"][expert], torch.cat(parts))
+            down = expected.pop(f"{stem}.{expert}.down_proj.weight")
+            assert torch.equal(state[f"{stem}.down_proj"][expert], down)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    name = "model.layers.2.mlp.experts.down_proj"
+    rows = torch.tensor([4, 1, 2])
+    assert torch.equal(source.rows(name, state[name].shape, rows).to(dtype), state[name][rows])
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.experts.5.up_proj.weight"])
 def test_missing_and_misshapen_tensors_are_named(hub: Path, tiny_model: KimiK2ForCausalLM, name: str) -> None:
     rewrite(hub, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
-    with pytest.raises(ValueError, match=f"{name} is missing"):
+    with pytest.raises(ValueError, match=rf"{name} is missing|lacks {name}"):
         build_model(tiny_model.config, Layout(), CheckpointWeights(hub))
 
 
@@ -190,7 +208,7 @@ def test_tensors_of_another_shape_are_named(hub: Path, tiny_config: Config) -> N
     with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(331, 72\), expected \(332, 72\)"):
         build_model(tiny_config(vocab_size=332), Layout(), CheckpointWeights(hub))
     with pytest.raises(
-        ValueError, match=r"experts.gate_up_proj: an expert is \(80, 72\), expected \(96, 72\)"
+        ValueError, match=r"experts.gate_up_proj has shape \(6, 80, 72\), expected \(6, 96, 72\)"
     ):
         build_model(tiny_config(moe_intermediate_size=48), Layout(), CheckpointWeights(hub))
 

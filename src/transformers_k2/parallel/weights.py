@@ -7,19 +7,19 @@ name alone, never on how many ranks there are. `CheckpointWeights` reads a folde
 from __future__ import annotations
 
 import hashlib
-import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..configuration_kimi_k2 import KimiK2Config
+from ..lazy_weights import OpenFiles, lazy_weights
+from ..manifest import WRAPPER_PREFIX
 
-_STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _BLOCK = 1024  # rows of a matrix that share a seed: fewer seeds than rows, and little drawn in vain
 
 
@@ -69,60 +69,31 @@ class RandomWeights:
 
 
 class CheckpointWeights:
-    """A folder in the hub's layout: bfloat16, float16 or float32, one tensor per expert and projection.
+    """A folder in the hub's layout, in any of its codecs; FP8 and INT4 weights are multiplied out as they are read.
 
     Raises:
-        ValueError: the folder is no such checkpoint, or is quantised.
+        ValueError: the folder is no such checkpoint, or a part of a weight is missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.checkpoint = Checkpoint.open(self.folder)
-        prefixes = (
-            {"language_model."}
-            if any(n.startswith("language_model.") for n in self.checkpoint.tensors)
-            else {""}
-        )
-        (self.prefix,) = prefixes
-        quantised = [
-            name
-            for name in self.checkpoint.tensors
-            if name.endswith(("_scale_inv", ".weight_packed", ".weight_scale"))
-        ]
-        if quantised:
-            raise ValueError(
-                f"{folder} is quantised ({quantised[0]}): a model that is split over ranks starts from float weights; "
-                "load it in one process and save it as bfloat16 first."
-            )
+        files = OpenFiles()
+        weakref.finalize(self, files.close)
+        # In float32 nothing is rounded yet, whatever the model's dtype.
+        weights = lazy_weights(Checkpoint.open(self.folder).tensors, files, torch.float32)
+        self.weights = {name.removeprefix(WRAPPER_PREFIX): weight for name, weight in weights.items()}
 
     def rows(self, name: str, shape: Sequence[int], rows: Tensor) -> Tensor:
-        """[rows, *shape[1:]] in the file's dtype.
+        """[rows, *shape[1:]] in the file's dtype, float32 if that is FP8 or INT4.
 
         Raises:
             ValueError: no such tensor, or another shape than `shape`.
         """
-        if match := _STACKED.fullmatch(name):
-            names = ["gate_proj", "up_proj"] if match[2] == "gate_up_proj" else ["down_proj"]
-            experts = [
-                torch.cat([self._slice(f"{match[1]}.{expert}.{part}.weight", None, None) for part in names])
-                for expert in rows.tolist()
-            ]
-            found: Tensor = torch.stack(experts)
-            if found.shape[1:] != torch.Size(shape[1:]):
-                raise ValueError(
-                    f"{name}: an expert is {tuple(found.shape[1:])}, expected {tuple(shape[1:])}."
-                )
-            return found
+        weight = self.weights.get(name)
+        if weight is None:
+            raise ValueError(f"{self.folder}: the tensor {name} is missing.")
+        if weight.shape != tuple(shape):
+            raise ValueError(f"{self.folder}: {name} has shape {weight.shape}, expected {tuple(shape)}.")
         runs = torch.where(rows[1:] != rows[:-1] + 1)[0] + 1
         pieces = [run for run in torch.tensor_split(rows, runs.tolist()) if len(run)]
-        return torch.cat([self._slice(name, shape, run) for run in pieces])
-
-    def _slice(self, name: str, shape: Sequence[int] | None, run: Tensor | None) -> Tensor:
-        info = self.checkpoint.tensors.get(self.prefix + name)
-        if info is None:
-            raise ValueError(f"{self.folder}: the tensor {self.prefix + name} is missing.")
-        if shape is not None and tuple(info.shape) != tuple(shape):
-            raise ValueError(f"{self.folder}: {name} has shape {tuple(info.shape)}, expected {tuple(shape)}.")
-        with safe_open(info.shard, framework="pt") as file:
-            view = file.get_slice(self.prefix + name)
-            return view[:] if run is None else view[int(run[0]) : int(run[-1]) + 1]
+        return torch.cat([weight[int(run[0]) : int(run[-1]) + 1,] for run in pieces])

@@ -95,6 +95,25 @@ def quantize(
     return codes.view(w.shape), scale.view(*w.shape[:-1], num_groups)
 
 
+def scales(
+    w: Float[Tensor, "*stack out in"], group_size: int = GROUP_SIZE, convention: str = "kimi"
+) -> BFloat16[Tensor, "*stack out groups"]:
+    """The scales of `quantize`, without the codes.
+
+    Raises:
+        ValueError: as `quantize`.
+    """
+    rule = _rule(convention)
+    num_groups = count_groups(w.shape[-1], group_size)
+    rows = w.detach().reshape(-1, w.shape[-1])
+    scale = torch.empty(rows.shape[0], num_groups, dtype=torch.bfloat16, device=w.device)
+    for band in _bands(rows):
+        scale[band] = _scales(rows[band].unflatten(1, (num_groups, group_size)), rule)
+    if not scale.isfinite().all():
+        _check_finite(w)
+    return scale.view(*w.shape[:-1], num_groups)
+
+
 def recover(
     w: Float[Tensor, "*stack out in"], group_size: int = GROUP_SIZE
 ) -> tuple[Int8[Tensor, "*stack out in"], BFloat16[Tensor, "*stack out groups"]]:
@@ -293,7 +312,7 @@ def _rule(convention: str) -> Convention:
 
 def _scales(groups: Tensor, rule: Convention) -> Tensor:
     """[..., groups, group size] -> bfloat16 [..., groups]."""
-    return _widened(groups.abs().amax(-1)).div_(rule.divisor).to(torch.bfloat16)
+    return _widened(groups).abs().amax(-1).div_(rule.divisor).to(torch.bfloat16)
 
 
 def _quotients(groups: Tensor, scale: Tensor, rule: Convention) -> Tensor:

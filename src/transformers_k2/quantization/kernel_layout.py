@@ -84,7 +84,7 @@ def from_kernel(
         ValueError: as `to_kernel`.
     """
     hub = _reorder(kernel.contiguous(), torch.empty_like(kernel), False)
-    return hub, scales_and_zeros[..., 0].transpose(-1, -2).to(torch.bfloat16).contiguous()
+    return hub, hub_scales(scales_and_zeros)
 
 
 def to_kernel_(packed: Int32[Tensor, "*stack out packed_in"]) -> UInt8[Tensor, "*stack out half_in"]:
@@ -113,6 +113,13 @@ def kernel_scales(
     pairs = torch.zeros(*stack, num_groups, out_features, 2, dtype=dtype, device=scale.device)
     pairs[..., 0] = scale.transpose(-1, -2)
     return pairs
+
+
+def hub_scales(
+    scales_and_zeros: Float[Tensor, "*stack groups out 2"],
+) -> BFloat16[Tensor, "*stack out groups"]:
+    """Undo `kernel_scales`."""
+    return scales_and_zeros[..., 0].transpose(-1, -2).to(torch.bfloat16).contiguous()
 
 
 def known_layout() -> Layout:

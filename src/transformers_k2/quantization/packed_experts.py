@@ -1,8 +1,9 @@
 """Routed experts whose weights stay INT4 in memory: 0.56 bytes a weight as stored, 0.63 in the order of the CPU's kernel.
 
 The module takes the place of transformers' experts and computes what those would with the dequantised weights. Weights are
-frozen; gradients reach the hidden states and the routing weights, and the backward pass dequantises again what it needs,
-band by band, so that the output of the gate and up projections is all that a layer keeps.
+frozen; gradients reach the hidden states, the routing weights and low-rank adapters (packed_ops.py), and the backward
+pass dequantises again what it needs, band by band, so that the output of the gate and up projections is nearly all that
+a layer keeps.
 
 Parameters have the hub's form, or, on a CPU and after `use_kernel_form`, the form that ATen's kernel reads; which of them
 is told by their dtype. State dicts, other devices and other processes see the hub's form only. Given up: kernels for other
@@ -11,21 +12,17 @@ devices (they dequantise band by band), and training of the weights themselves (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..expert_groups import Groups
 from .codecs.int4_pack import PER_INT32
 from .int4 import GROUP_SIZE, count_groups
-from .kernel_layout import from_kernel, kernel_available, kernel_scales, to_kernel_
-from .packed_linear import linear, linear_dequantized, linear_transposed, threshold
-
-STACKS = ("gate_up_proj", "down_proj")
+from .kernel_layout import from_kernel, from_kernel_, hub_scales, kernel_available, kernel_scales, to_kernel_
+from .packed_ops import STACKS, Adapter, Stack, packed_experts
 
 
 class PackedExperts(nn.Module):
@@ -64,22 +61,47 @@ class PackedExperts(nn.Module):
             self.register_parameter(f"{name}_packed", nn.Parameter(packed, requires_grad=False))
             self.register_parameter(f"{name}_scale", nn.Parameter(scale, requires_grad=False))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *adapters: Adapter
+    ) -> Tensor:
         """What the chosen experts make of each token, weighted and summed, as `experts.experts_forward`.
+
+        torch.compile takes it whole, for inference and for training.
 
         Args:
             hidden_states: [tokens, hidden].
             top_k_index: [tokens, k], int64; ids that are not below the number of experts are skipped.
             top_k_weights: [tokens, k].
+            adapters: LoRA on either stack, any number; see packed_ops.py.
 
         Returns:
             [tokens, hidden] in the dtype of `hidden_states`.
+
+        Raises:
+            ValueError: an adapter's shapes do not fit.
         """
-        return _PackedExperts.apply(hidden_states, top_k_weights, top_k_index, *map(self.stack, STACKS))
+        stacks = self.stack("gate_up_proj"), self.stack("down_proj")
+        return packed_experts(hidden_states, top_k_weights, top_k_index, *stacks, adapters)
 
     def stack(self, name: str) -> Stack:
         """The matrices called `name`, of STACKS."""
         return Stack(self.get_parameter(f"{name}_packed"), self.get_parameter(f"{name}_scale"))
+
+    def unpacked(self, name: str) -> Tensor:
+        """What the matrices called `name` would be without packing: [experts, out, in] on the meta device."""
+        sizes = {stack: (self.num_experts, *size) for stack, *size in self.shapes()}
+        return torch.empty(sizes[name], dtype=torch.bfloat16, device="meta")
+
+    @torch.no_grad()
+    def restore_scales(self) -> None:
+        """Undo a cast of all parameters one by one, as `prepare_model_for_kbit_training` does it; nothing is lost.
+
+        Products with scales in another dtype are the same; they are only larger. `_apply` never casts them.
+        """
+        for name in STACKS:
+            scale = self.get_parameter(f"{name}_scale")
+            if scale.dtype != torch.bfloat16:
+                scale.data = scale.data.to(torch.bfloat16)
 
     @torch.no_grad()
     def use_kernel_form(self) -> bool:
@@ -99,11 +121,11 @@ class PackedExperts(nn.Module):
 
     @torch.no_grad()
     def use_hub_form(self) -> None:
-        """Undo `use_kernel_form`."""
+        """Undo `use_kernel_form`, in place."""
         for name in STACKS:
             packed, scale = self.get_parameter(f"{name}_packed"), self.get_parameter(f"{name}_scale")
             if packed.dtype == torch.uint8:
-                self._set(name, *from_kernel(packed.data, scale.data))
+                self._set(name, from_kernel_(packed.data), hub_scales(scale.data))
 
     def extra_repr(self) -> str:
         return (
@@ -139,6 +161,7 @@ class PackedExperts(nn.Module):
             packed, scale = self.get_parameter(f"{name}_packed"), self.get_parameter(f"{name}_scale")
             if packed.dtype == torch.uint8:
                 packed, scale = from_kernel(packed.data, scale.data)
+            scale = scale if scale.dtype == torch.bfloat16 else scale.to(torch.bfloat16)
             for key, value in ((f"{prefix}{name}_packed", packed), (f"{prefix}{name}_scale", scale)):
                 destination[key] = value if keep_vars else value.detach()
 
@@ -147,74 +170,15 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class Stack:
-    """Products with one expert's matrix [out, in] out of a stack, by the way that is faster for that many rows."""
-
-    def __init__(self, packed: Tensor, scale: Tensor) -> None:
-        self.packed, self.scale = packed, scale
-
-    @property
-    def num_out(self) -> int:
-        """Rows of a matrix."""
-        return self.packed.shape[1]
-
-    @property
-    def num_in(self) -> int:
-        """Columns of a matrix; inputs that fill up the last int32 aside, which K2's sizes do not have."""
-        return self.packed.shape[2] * (2 if self.packed.dtype == torch.uint8 else PER_INT32)
-
-    def product(self, expert: int, rows: Tensor, out: Tensor) -> None:
-        """out = rows @ W.T: [rows, in] -> [rows, out]."""
-        packed, scale = self.packed[expert], self.scale[expert]
-        if packed.dtype == torch.uint8 and len(rows) < threshold(rows.dtype):
-            out.copy_(linear(rows, packed, scale))
-        else:
-            linear_dequantized(rows, packed, scale, out)
-
-    def transposed_product(self, expert: int, rows: Tensor, out: Tensor) -> None:
-        """out = rows @ W: [rows, out] -> [rows, in]."""
-        linear_transposed(rows, self.packed[expert], self.scale[expert], out)
-
-
-class _PackedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weights: Tensor, index: Tensor, gate_up: Stack, down: Stack
-    ) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        with torch.autocast(device, enabled=False):
-            groups = Groups(index, len(gate_up.packed), hidden.device, dtype, slices=True)
-            gate_up_out = groups.each(groups.gather(hidden.to(dtype)), gate_up.num_out, gate_up.product)
-            gate, up = gate_up_out.chunk(2, dim=-1)
-            output = groups.each(F.silu(gate).mul_(up), down.num_out, down.product)
-            ctx.save_for_backward(weights, gate_up_out)
-            ctx.groups, ctx.dtype, ctx.stacks, ctx.hidden_dtype = groups, dtype, (gate_up, down), hidden.dtype
-            return groups.scatter(output, weights).to(hidden.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights, gate_up_out = ctx.saved_tensors
-        groups, dtype, (gate_up, down) = ctx.groups, ctx.dtype, ctx.stacks
-        needs_hidden, needs_weights = ctx.needs_input_grad[:2]
-        grad_hidden = grad_weights = None
-        with torch.autocast(grads[0].device.type, enabled=False):
-            gate, up = gate_up_out.chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
-            grad = groups.gather(grads[0].to(dtype))
-            # Of the down projection's input, without the routing weight.
-            grad_activation = groups.each(grad, down.num_in, down.transposed_product)
-            if needs_weights:
-                wide = torch.promote_types(dtype, torch.float32)
-                products = (grad_activation.to(wide) * (silu * up)).sum(-1)
-                grad_weights = groups.unsort(products).view_as(weights).to(weights.dtype)
-            if needs_hidden:
-                grad_activation.mul_(groups.rows(weights))
-                # silu'(x) = s + silu (1 - s)
-                slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-                grad_out = torch.cat((grad_activation * up * slope, grad_activation * silu), -1)
-                grad_rows = groups.each(grad_out, gate_up.num_in, gate_up.transposed_product)
-                grad_hidden = groups.scatter(grad_rows, None).to(ctx.hidden_dtype)
-        return grad_hidden, grad_weights, None, None, None
+@contextmanager
+def hub_form(model: nn.Module) -> Iterator[None]:
+    """Packed experts in a model have the hub's form for as long; their state dict is then no copy."""
+    found = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    changed = [module for module in found if module.gate_up_proj_packed.dtype == torch.uint8]
+    for module in changed:
+        module.use_hub_form()
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.use_kernel_form()

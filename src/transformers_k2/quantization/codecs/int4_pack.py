@@ -7,12 +7,16 @@ offset-binary (code + 8), eight per int32, the first in the low nibble; w = code
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 NAMES = ("weight_packed", "weight_scale", "weight_shape")
 PER_INT32 = 8
+# Every linear layer that is no routed expert, as K2-Thinking's config.json has it.
+_IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*")
 _BAND = 1 << 19  # weights decoded at a time: 3 MB with the intermediate copies
 
 
@@ -61,3 +65,44 @@ def decode(
         codes = unpack(packed[band], in_features).to(working).unflatten(1, (groups, -1))
         out[band] = codes.mul_(scale[band].to(working).unsqueeze(-1)).flatten(1)
     return out
+
+
+def hub_config(group_size: int = 32) -> dict[str, Any]:
+    """The quantization_config of a checkpoint whose routed experts alone are INT4: K2-Thinking's, but for the group size."""
+    weights = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": group_size,
+        "num_bits": 4,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "strategy": "group",
+        "symmetric": True,
+        "type": "int",
+    }
+    group = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": weights}
+    return {
+        "config_groups": {"group_0": group},
+        "format": "pack-quantized",
+        "ignore": list(_IGNORE),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+def layout(out_features: int, in_features: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Local name -> (dtype as safetensors spells it, shape) of the tensors that store a weight, as on the hub.
+
+    Raises:
+        ValueError: groups or int32 words do not fill the inputs.
+    """
+    if group_size < 1 or in_features % group_size or in_features % PER_INT32:
+        raise ValueError(
+            f"INT4 group_size is {group_size}, but rows have {in_features} weights: expected a multiple of the group size "
+            f"and of {PER_INT32}."
+        )
+    groups = in_features // group_size
+    shapes = ((out_features, in_features // PER_INT32), (out_features, groups), (2,))
+    return dict(zip(NAMES, zip(("I32", "BF16", "I32"), shapes, strict=True), strict=True))
