@@ -12,7 +12,7 @@ from rich.markup import escape
 
 app = typer.Typer(
     name="k2",
-    help="Kimi K2 with Hugging Face tools: look into checkpoints, train and fine-tune.",
+    help="Kimi K2 with Hugging Face tools: look into checkpoints, convert them, train and fine-tune.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -213,6 +213,133 @@ def train_command(
     from .training import train
 
     train(recipe, overrides or [])
+
+
+Destination = Annotated[Path, typer.Argument(help="A new folder.")]
+ShardBytes = Annotated[int, typer.Option(help="Bytes of a file; larger weights get one of their own.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and tell the sizes; write nothing.")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what DST holds, or drop an unfinished run of another kind."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+@app.command("quantize", no_args_is_help=True)
+def quantize_command(
+    src: Annotated[Path, typer.Argument(help="A checkpoint folder in bf16, fp32 or FP8.")],
+    dst: Destination,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 32,
+    convention: Annotated[
+        str, typer.Option(help="kimi: scales of amax / 7, as K2's own; or compressed_tensors: amax / 7.5.")
+    ] = "kimi",
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A regular expression for whole module names; repeatable. Default: the routed experts."
+        ),
+    ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="Weights were dequantised from INT4: find their codes, or fail, but round nothing.",
+        ),
+    ] = False,
+    shard_bytes: ShardBytes = 5 * 10**9,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack the routed experts of a checkpoint into INT4, as K2-Thinking and K2.5 are published.
+
+    Streams: a terabyte needs no more memory than a gigabyte. Repeated after an interruption, it goes on.
+
+    Examples:
+
+      k2 quantize runs/debug_pretrain runs/debug_int4
+
+      k2 quantize kimi-k2-bf16 kimi-k2-int4 --recover --dry-run
+    """
+    from .conversion import quantize
+    from .conversion.quantize import EXPERTS
+
+    summary = quantize(
+        src,
+        dst,
+        group_size=group_size,
+        convention=convention,
+        modules=modules or EXPERTS,
+        recover=recover,
+        shard_bytes=shard_bytes,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    typer.echo(summary.text(dst, dry_run))
+
+
+@app.command("merge", no_args_is_help=True)
+def merge_command(
+    src: Annotated[Path, typer.Argument(help="The checkpoint folder that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(help="A LoRA folder, as PEFT or `k2 adapter` writes it.")],
+    dst: Destination,
+    to: Annotated[
+        str | None, typer.Option(help="bf16 or int4. Default: as the source, and bf16 from FP8.")
+    ] = None,
+    shard_bytes: ShardBytes = 5 * 10**9,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a LoRA into a checkpoint, without building a model; what it does not touch is copied.
+
+    Examples:
+
+      k2 merge runs/base runs/lora/adapter runs/merged
+
+      k2 merge kimi-k2-int4 runs/lora/adapter merged-bf16 --to bf16
+    """
+    from .conversion import merge_adapter
+
+    summary = merge_adapter(
+        src, adapter, dst, to=to, shard_bytes=shard_bytes, dry_run=dry_run, overwrite=overwrite, quiet=quiet
+    )
+    typer.echo(summary.text(dst, dry_run))
+
+
+@app.command("adapter", no_args_is_help=True)
+def adapter_command(
+    src: Annotated[Path, typer.Argument(help="A LoRA folder.")],
+    dst: Destination,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="serving: a pair for each expert and projection; peft: one for each fused parameter."
+        ),
+    ] = "serving",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in DST.")] = False,
+) -> None:
+    """Write a LoRA in the per-expert form that serving engines read, or in PEFT's own.
+
+    Examples:
+
+      k2 adapter runs/lora/adapter runs/lora/serving
+
+      k2 adapter runs/lora/serving runs/lora/back --form peft
+    """
+    from .conversion import export_adapter
+
+    config = export_adapter(src, dst, form, overwrite)
+    typer.echo(f"{dst}: {form} form, rank {config['r']}, alpha {config['lora_alpha']}")
+    if form == "serving" and config["alpha_pattern"]:
+        typer.echo(
+            "Modules differ in scaling: PEFT follows the alpha_pattern, but an engine that knows one alpha does not; "
+            "`k2 merge` does.",
+            err=True,
+        )
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

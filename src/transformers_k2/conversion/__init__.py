@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from ..manifest import count_parameters, expected_tensors
+from .adapter_export import export_adapter
 from .inspection import inspect
+from .merge import merge_adapter
+from .quantize import quantize
 from .report import Problem, Report, render
 
-__all__ = ["Problem", "Report", "count_parameters", "expected_tensors", "inspect", "render"]
+__all__ = [
+    "Problem",
+    "Report",
+    "count_parameters",
+    "expected_tensors",
+    "export_adapter",
+    "inspect",
+    "merge_adapter",
+    "quantize",
+    "render",
+]

@@ -1,0 +1,150 @@
+"""Where an unfinished checkpoint lives, and how it becomes a finished one.
+
+Shards are collected in a hidden folder inside the destination, beside a record of the source and the options. A later run
+with the same record goes on with them; with another, it is refused. When all are there they are moved into place, and what
+makes a folder a checkpoint comes last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import INDEX_SUFFIX, Checkpoint, scan
+from ..files import replacing, sync, write_text
+
+INDEX = f"model{INDEX_SUFFIX}"
+SINGLE = "model.safetensors"
+STAGING = ".unfinished"
+_RUN, _PUBLISHING, _OLD_REMOVED = "run.json", "publishing", "old_removed"
+
+
+def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Refuse a destination that would endanger the source or weights that are there.
+
+    Raises:
+        ValueError: the destination is the source, inside it or around it, a file, or holds weights without `overwrite`.
+    """
+    here, there = source.resolve(), destination.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(
+            f"The destination {destination} and the source {source} overlap: expected a folder of its own."
+        )
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"The destination {destination} is a file: expected a folder, or a new name.")
+    holds_weights = (destination / INDEX).exists() or any(destination.glob("*.safetensors"))
+    if holds_weights and not overwrite and not (destination / STAGING / _PUBLISHING).exists():
+        raise ValueError(
+            f"{destination} holds weights already: expected another folder, or overwrite (--overwrite)."
+        )
+
+
+def open_staging(staging: Path, run: dict[str, Any], overwrite: bool) -> None:
+    """The folder of unfinished shards, new or of an earlier run of the same source and options."""
+    record = staging / _RUN
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before == run:
+            for path in staging.glob(".*.tmp"):  # of a run that was killed
+                path.unlink()
+            return
+        if not overwrite:
+            told = [f"{one['options']} of {one['source']['folder']}" for one in (before, run)]
+            changed = " (whose files have changed since)" if told[0] == told[1] else ""
+            raise ValueError(
+                f"{staging.parent} holds an unfinished run with {told[0]}{changed}, but this one has {told[1]}: repeat "
+                f"that one to finish it, or overwrite (--overwrite) to drop it."
+            )
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    write_text(record, json.dumps(run))
+
+
+def is_complete(staging: Path) -> bool:
+    """Whether all shards were finished, and the run was interrupted while they were moved."""
+    return (staging / _PUBLISHING).exists()
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells whether the source is still the same."""
+    files = sorted(checkpoint.shards)
+    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {"folder": str(checkpoint.folder.resolve()), "files": sizes}
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises: ValueError: the disk cannot hold what is to be written."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{folder.parent} has {free:,} bytes free: expected {needed:,} for what is to be written."
+        )
+
+
+@contextmanager
+def nothing_left_of_nothing(staging: Path, shards: Iterable[str]) -> Iterator[None]:
+    """A run that fails before its first shard is finished leaves no folder: there is nothing to go on with."""
+    try:
+        yield
+    except BaseException:
+        if not any((staging / name).exists() for name in shards):
+            shutil.rmtree(staging)
+            if not any(staging.parent.iterdir()):
+                staging.parent.rmdir()
+        raise
+
+
+@contextmanager
+def full_disk(destination: Path) -> Iterator[None]:
+    """Say what to do when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{destination} is full ({error.strerror}): free some space and repeat the command."
+        ) from error
+
+
+def publish(
+    staging: Path,
+    destination: Path,
+    shards: Sequence[str],
+    index: str | None,
+    files: Mapping[str, bytes | Path],
+) -> None:
+    """Move the finished shards into place, last what makes them a checkpoint: the index, or the only shard.
+
+    Whoever looks meanwhile finds no index; after a crash it is repeated.
+    """
+    (staging / _PUBLISHING).touch()
+    sync(staging)
+    if not (staging / _OLD_REMOVED).exists():
+        (destination / INDEX).unlink(missing_ok=True)  # from here on the old checkpoint is none
+        for path in scan(destination).checkpoint.shards:
+            if path.name.startswith("model"):
+                path.unlink()
+        (staging / _OLD_REMOVED).touch()
+        sync(staging)
+    for name, content in files.items():
+        with replacing(destination / name) as temporary:
+            if isinstance(content, Path):
+                shutil.copyfile(content, temporary)
+            else:
+                temporary.write_bytes(content)
+    for name in shards:
+        if (staging / name).exists():
+            os.replace(staging / name, destination / name)
+    sync(destination)
+    if index is not None:
+        write_text(destination / INDEX, index)
+    (staging / _PUBLISHING).unlink()  # complete: what is left of the folder means nothing
+    shutil.rmtree(staging)
