@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, MuonClip, experts
-from transformers_k2.parallel import CheckpointWeights, Layout, RandomWeights, build_model
-from transformers_k2.quantization import int4, prepare_qat
+from transformers_k2.parallel import Layout, RandomWeights, build_model
+from transformers_k2.quantization import int4
+from transformers_k2.quantization.packed_experts import PackedExperts
 from transformers_k2.recompute import apply_recompute
-from transformers_k2.training.adapters import add_adapter, finish_qat, load_quantised, save_adapter, start_qat
+from transformers_k2.training.adapters import add_adapter, load_quantised, save_adapter, start_qat
 from transformers_k2.training.optimizers import adamw
-from transformers_k2.training.recipe import NF4, AdapterSection, Int4QAT
+from transformers_k2.training.recipe import NF4, AdapterSection, Int4, Int4QAT
 
 experts.register()
 # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
@@ -34,7 +35,7 @@ ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"
 DENSE = [*ATTENTION, "shared_experts.down_proj", "layers.0.mlp.up_proj"]
 EVERYTHING = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 LORA = AdapterSection(rank=3, alpha=6.0, dropout=0.0, targets=EVERYTHING)
-NF4_SECTION = NF4("nf4", double_quant=True)
+NF4_SECTION = NF4("nf4", group_size=8, double_quant=True)
 
 
 def section(targets: list[str], **changes: Any) -> AdapterSection:
@@ -141,15 +142,10 @@ def test_recomputation_and_the_chunked_loss(tiny_model: KimiK2ForCausalLM, names
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("kind", ["muonclip", "adamw"])
 def test_optimizers_step_the_adapter_alone(
-    tiny_config: Callable[..., KimiK2Config], kind: str, nf4: bool
+    tiny_model: KimiK2ForCausalLM, tmp_path: Path, kind: str, nf4: bool
 ) -> None:
-    config = tiny_config()
-    weights = RandomWeights(config, 0)
-    base = (
-        load_quantised(config, Layout(), weights, NF4_SECTION)
-        if nf4
-        else build_model(config, Layout(), weights)
-    )
+    tiny_model.save_pretrained(tmp_path)
+    base = load_quantised(tmp_path, tiny_model.config, Layout(), NF4_SECTION) if nf4 else tiny_model
     model = add_adapter(base, LORA, 0)
     randomise(model)
     if kind == "adamw":
@@ -178,7 +174,7 @@ def test_adapter_errors(tiny_model: KimiK2ForCausalLM) -> None:
 
 
 def test_an_adapter_and_int4_training_exclude_each_other(tiny_model: KimiK2ForCausalLM) -> None:
-    start_qat(tiny_model, Int4QAT("int4_qat", 8))
+    start_qat(tiny_model, Int4QAT("int4_qat", [r"re:.*mlp\.experts.*"], [], 8, "kimi", warmup=0, freeze=0))
     with pytest.raises(ValueError, match="one of the two sections to be null"):
         add_adapter(tiny_model, LORA, 0)
 
@@ -186,53 +182,63 @@ def test_an_adapter_and_int4_training_exclude_each_other(tiny_model: KimiK2ForCa
 # -- 4-bit bases
 
 
-def dequantised(model: Any, weights: Any, config: KimiK2Config, dtype: torch.dtype) -> Any:
-    """The float model with bitsandbytes' own idea of its 4-bit weights."""
+def dequantised(model: Any, plain: Any, exact: Any) -> Any:
+    """The float model with bitsandbytes' own idea of its 4-bit weights, and its experts on the INT4 grid."""
     import bitsandbytes as bnb
 
-    plain = build_model(config, Layout(), weights, dtype)
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             original = plain.get_submodule(name).weight
-            stored = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            stored = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             error = (stored - original).float().norm() / original.float().norm()
             assert 0.05 < error < 0.13, name  # NF4 of a normal distribution, blocks of 64: 0.092
-            original.data = stored
+            original.data = stored.to(original.dtype)
+        elif isinstance(module, PackedExperts):
+            for stack, parameter in plain.get_submodule(name).named_parameters():
+                weight = exact.get_parameter(f"{name}.{stack}").data
+                parameter.data = int4.fake_quantize(weight, 8).to(parameter.dtype)
     return plain
 
 
 @pytest.mark.parametrize(
-    ("dtype", "double_quant", "from_files"),
-    [(torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, True, False)],
+    ("method", "dtype", "double_quant"),
+    [
+        ("nf4", torch.float32, False),
+        ("nf4", torch.float32, True),
+        ("nf4", torch.bfloat16, True),
+        ("int4", torch.float32, None),
+    ],
 )
-def test_nf4_computes_with_bitsandbytes_weights(
-    tiny_model: KimiK2ForCausalLM, dtype: torch.dtype, double_quant: bool, from_files: bool, tmp_path: Path
+def test_quantised_bases_compute_with_their_weights(
+    tiny_model: KimiK2ForCausalLM, method: str, dtype: torch.dtype, double_quant: bool, tmp_path: Path
 ) -> None:
-    config = tiny_model.config
-    weights: Any = RandomWeights(config, 4)
-    if from_files:
-        tiny_model.save_pretrained(tmp_path)
-        weights = CheckpointWeights(tmp_path)
-    model: Any = load_quantised(config, Layout(), weights, NF4("nf4", double_quant), dtype)
+    tiny_model.save_pretrained(tmp_path)
+    settings = NF4("nf4", 8, double_quant) if method == "nf4" else Int4("int4", 8)
+    model: Any = load_quantised(tmp_path, tiny_model.config, Layout(), settings, dtype)
     linears = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
-    assert len(linears) == 3 * 5 + 3 + 2 * 3  # attention, one dense layer, two layers of shared experts
-    plain = dequantised(model, weights, config, dtype)
+    # Attention, one dense layer, two layers of shared experts.
+    assert len(linears) == (3 * 5 + 3 + 2 * 3 if method == "nf4" else 0)
+    assert sum(isinstance(module, PackedExperts) for module in model.modules()) == 2
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    plain = dequantised(model, KimiK2ForCausalLM.from_pretrained(tmp_path, dtype=dtype), tiny_model)
+    reference = plain.state_dict()
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".weight")[0] not in linears:
-            assert torch.equal(tensor, plain.state_dict()[name]), name
+        if name.rpartition(".weight")[0] not in linears and ".experts." not in name:
+            assert torch.equal(tensor.float(), reference[name].float()), name
             assert tensor.dtype == (torch.float32 if name.endswith("bias") else dtype), name
-    model.eval(), plain.eval()
-    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, **close)
 
+    plain.requires_grad_(False)
     adapted, reference = (add_adapter(each, LORA, 1) for each in (model, plain))
     randomise(adapted), randomise(reference)
     loss, grads = backward(adapted.train())
     expected_loss, expected = backward(reference.train())
     assert grads.keys() == expected.keys() == factors(adapted).keys()
     if dtype is torch.float32:
-        assert torch.equal(loss, expected_loss)
+        torch.testing.assert_close(loss, expected_loss)
         for name, gradient in grads.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
     else:  # PEFT adds the update before it rounds to bfloat16, or, to 4-bit layers, after
         torch.testing.assert_close(loss, expected_loss, rtol=5e-3, atol=0)
         flat, expected_flat = (
@@ -243,10 +249,26 @@ def test_nf4_computes_with_bitsandbytes_weights(
     assert torch.equal(backward(adapted.train())[0], loss)  # an evaluation leaves the packing alone
 
 
-def test_nf4_under_autocast(tiny_config: Callable[..., KimiK2Config]) -> None:
-    config = tiny_config()
+def test_int4_files_keep_their_codes(tiny_model: KimiK2ForCausalLM, tmp_path: Path) -> None:
+    """Codes that no quantisation of the dequantised weights would give: scales beside amax / 7."""
+    tiny_model.save_pretrained(tmp_path / "float")
+    base = load_quantised(tmp_path / "float", tiny_model.config, Layout(), Int4("int4", 8))
+    for module in base.modules():
+        if isinstance(module, PackedExperts):
+            module.use_hub_form()
+            module.down_proj_packed.data.bitwise_and_(0x33333333)  # codes -8 to -5
+    base.save_pretrained(tmp_path / "int4")
+    again = load_quantised(tmp_path / "int4", tiny_model.config, Layout(), Int4("int4", 8))
+    expected = base.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+    with pytest.raises(ValueError, match=r"weight_scale is .*group of 4"):
+        load_quantised(tmp_path / "int4", tiny_model.config, Layout(), Int4("int4", 4))
+
+
+def test_nf4_under_autocast(tiny_model: KimiK2ForCausalLM, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path)
     model: Any = load_quantised(
-        config, Layout(), RandomWeights(config, 0), NF4_SECTION, torch.bfloat16, compute_dtype=torch.bfloat16
+        tmp_path, tiny_model.config, Layout(), NF4_SECTION, torch.bfloat16, compute_dtype=torch.bfloat16
     )
     model = add_adapter(model, LORA, 0)
     randomise(model)
@@ -264,28 +286,10 @@ def test_nf4_is_not_split(tiny_config: Callable[..., KimiK2Config]) -> None:
         with pytest.raises(
             ValueError, match=f"shard {layout.shard} and pipeline {layout.pipeline}: expected 1 and 1"
         ):
-            load_quantised(config, layout, RandomWeights(config, 0), NF4_SECTION)
+            load_quantised("nowhere", config, layout, NF4_SECTION)
 
 
 # -- INT4 training
-
-
-def test_int4_training_ends_with_a_plain_model_on_the_grid(
-    tiny_model: KimiK2ForCausalLM, tmp_path: Path
-) -> None:
-    start_qat(tiny_model, Int4QAT("int4_qat", 8))
-    backward(tiny_model)
-    torch.optim.SGD(tiny_model.parameters(), lr=0.1).step()
-    logits = tiny_model(IDS).logits
-    finish_qat(tiny_model)
-    assert torch.equal(tiny_model(IDS).logits, logits)
-    tiny_model.save_pretrained(tmp_path)
-    loaded = KimiK2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert torch.equal(loaded(IDS).logits, logits)
-    weight = loaded.model.layers[1].mlp.experts.down_proj.data
-    assert torch.equal(int4.dequantize(*int4.quantize(weight, 8), torch.float32), weight)
-    prepare_qat(loaded, 8)
-    assert torch.equal(loaded(IDS).logits, logits)
 
 
 # -- several processes
@@ -299,7 +303,7 @@ def run_rank(rank: int, folder: Path, config: KimiK2Config) -> None:
     for name, layout in LAYOUTS.items():
         torch.manual_seed(rank)
         if name == "nf4":
-            base = load_quantised(config, layout, weights, NF4_SECTION)
+            base = load_quantised(folder / "base", config, layout, NF4_SECTION)
         else:
             base = build_model(config, layout, weights)
         if layout.splits_the_model:
@@ -334,11 +338,12 @@ def test_two_processes_train_the_adapter_of_one(
     tiny_config: Callable[..., KimiK2Config], tmp_path: Path
 ) -> None:
     config = tiny_config()
+    build_model(config, Layout(), RandomWeights(config, 3)).save_pretrained(tmp_path / "base")
     mp.spawn(run_rank, args=(tmp_path, config), nprocs=2)
     weights = RandomWeights(config, 3)
     for name in LAYOUTS:
         if name == "nf4":
-            base = load_quantised(config, Layout(), weights, NF4_SECTION)
+            base = load_quantised(tmp_path / "base", config, Layout(), NF4_SECTION)
         else:
             base = build_model(config, Layout(), weights)
         model = add_adapter(base, section(DENSE), 5)

@@ -173,7 +173,7 @@ def test_an_unknown_recipe_lists_the_choices() -> None:
         (["parallel.engine=accelerate", "parallel.pipeline=2"], "neither pipeline stages"),
         (["memory.recompute=[full, norms]"], "expected 'full' alone"),
         (["memory.recompute=[norms, swiglu]"], "expected k2"),
-        (["quantization={method: nf4, double_quant: true}"], "expected an adapter"),
+        (["quantization={method: nf4, group_size: 32, double_quant: true}"], "expected an adapter"),
         (["adapter={rank: 4, alpha: 8, dropout: 0, targets: [q_b_proj]}"], "an adapter needs model.weights"),
         (
             [

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .qat import prepare_qat, remove_qat
+from .qat import QATSchedule, prepare_qat, remove_qat
 
-__all__ = ["prepare_qat", "remove_qat"]
+__all__ = ["QATSchedule", "prepare_qat", "remove_qat"]

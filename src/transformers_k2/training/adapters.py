@@ -19,13 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ..configuration_kimi_k2 import KimiK2Config
 from ..parallel import Layout
-from ..parallel.model import Elsewhere, lay_out, materialise
-from ..parallel.weights import Weights
+from ..parallel.model import Elsewhere
 from ..peft_mapping import resolve
 from ..quantization import qat
+from ..quantization.hf_quantizer import Int4Config
+from ..quantization.targets import find_targets
+from .recipe import NF4, Int4
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,18 +50,17 @@ class AdapterOptions(Protocol):
     def targets(self) -> list[str]: ...
 
 
-class NF4Options(Protocol):
-    """A recipe's quantization section, method nf4."""
-
-    @property
-    def double_quant(self) -> bool: ...
-
-
 class QATOptions(Protocol):
     """A recipe's quantization section, method int4_qat."""
 
     @property
+    def targets(self) -> list[str]: ...
+    @property
+    def ignore(self) -> list[str]: ...
+    @property
     def group_size(self) -> int: ...
+    @property
+    def convention(self) -> str: ...
 
 
 def add_adapter(
@@ -153,92 +155,89 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
     path.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank() if dist.is_initialized() else 0
     # "auto" would ask the hub whether the vocabulary has grown.
-    model.save_pretrained(str(path), save_embedding_layers=False, is_main_process=rank == 0)
+    model.save_pretrained(
+        str(path),
+        # Of the whole state dict, packed experts would make a copy.
+        state_dict={name: value.detach() for name, value in model.named_parameters() if ".lora_" in name},
+        save_embedding_layers=False,
+        is_main_process=rank == 0,
+    )
 
 
 def load_quantised(
+    folder: str | os.PathLike,
     config: KimiK2Config,
     layout: Layout,
-    weights: Weights,
-    section: NF4Options,
+    section: Int4 | NF4,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A frozen base with bitsandbytes' 4-bit NormalFloat in its decoder layers' linear layers (arXiv 2305.14314).
+    """A frozen base whose routed experts are INT4, from files in any codec; INT4 files keep their codes.
 
-    Quantised: attention, dense layers and shared experts, one at a time as they are read, so that they never exist in
-    float together. As they were: embeddings, head, router, norms, and **the routed experts**, which bitsandbytes has no
-    fused form for and leaves alone without a word; they are nearly all of a large model's memory. Norms stay in `dtype`:
-    transformers computes them in float32 already, and a float32 gain would make bfloat16 activations float32.
+    With method nf4 the linear layers of attention, dense layers and shared experts are bitsandbytes' 4-bit NormalFloat
+    (arXiv 2305.14314), quantised one at a time as they are read. Embeddings, head, router and norms stay in `dtype`:
+    transformers computes norms in float32 already, and a float32 gain would make bfloat16 activations float32.
 
     Args:
+        folder: a checkpoint in the hub's layout.
+        config: of the model; what it says of quantisation is not asked.
         layout: copies of the model are allowed, shards and stages are not.
-        weights: where values come from; see parallel/weights.py.
-        section: `double_quant` quantises the scales too.
+        section: method, `group_size` of the experts, and for nf4 `double_quant`.
         dtype: of everything that is not quantised.
-        compute_dtype: of the products with quantised weights; `dtype` if None. They do not follow autocast.
+        compute_dtype: of the products with NF4 weights; `dtype` if None. They do not follow autocast.
 
     Raises:
-        ValueError: the layout splits the model, or bitsandbytes is not installed.
+        ValueError: the layout splits the model, bitsandbytes is not installed, or the groups do not fit the experts.
     """
     if layout.splits_the_model:
         raise ValueError(
-            f"quantization.method is 'nf4', whose packed weights cannot be split, but parallel has shard {layout.shard} and "
-            f"pipeline {layout.pipeline}: expected 1 and 1 (every process then holds a copy)."
+            f"quantization.method is {section.method!r}, whose packed weights cannot be split, but parallel has shard "
+            f"{layout.shard} and pipeline {layout.pipeline}: expected 1 and 1 (every process then holds a copy)."
         )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=Int4Config(section.group_size, linear=_linear(section, compute_dtype or dtype)),
+        dtype=dtype,
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+    )
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # On CPUs with bfloat16 products the first evaluation would repack the weights into a form without a gradient.
+            module.support_avx512bf16_for_cpu = False
+    return model.requires_grad_(False)
+
+
+def _linear(section: Int4 | NF4, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if not isinstance(section, NF4):
+        return None
     _demand_package("bitsandbytes", "quantization.method 'nf4'", "quant")
-    model: Any = lay_out(config, layout, dtype)
-    linears = {
-        name: module for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)
-    }
-    for name in linears:
-        model.model.layers.set_submodule(name, nn.Identity())
-    device = materialise(model, weights)
-    for name, linear in linears.items():
-        rows = torch.arange(linear.out_features)
-        values = weights.rows(f"model.layers.{name}.weight", linear.weight.shape, rows).to(dtype)
-        model.model.layers.set_submodule(
-            name, _nf4(values, section.double_quant, compute_dtype or dtype, device)
-        )
-    model.requires_grad_(False)
-    model.is_loaded_in_4bit = True  # by which PEFT chooses its layer, and Accelerate its checks
-    return model
-
-
-def _nf4(values: Tensor, double_quant: bool, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """[out, in] -> a linear layer of bitsandbytes."""
-    from bitsandbytes import nn as bnb
-
-    out_features, in_features = values.shape
-    linear: Any = bnb.Linear4bit(
-        in_features, out_features, bias=False, compute_dtype=compute_dtype, device="meta"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=section.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
-    make_weight: Any = bnb.Params4bit  # a tensor class: its signature is not the one that checkers see
-    linear.weight = make_weight(
-        values, requires_grad=False, quant_type="nf4", compress_statistics=double_quant, module=linear
-    )
-    # On CPUs with bfloat16 products the first evaluation would repack the weights into a form without a gradient.
-    linear.support_avx512bf16_for_cpu = False
-    return linear.to(device)  # quantises
 
 
 def start_qat(model: nn.Module, section: QATOptions) -> None:
-    """Train routed experts on the INT4 grid from the next forward on; see quantization/qat.py.
+    """Train on the INT4 grid from the next forward on; see quantization/qat.py.
+
+    A stage of a pipeline prepares what it has of the weights that the patterns choose in the whole model.
 
     Raises:
-        ValueError: no routed experts, or groups that do not divide their inputs.
+        ValueError: a pattern that matches nothing, or groups that do not divide the inputs.
     """
-    qat.prepare_qat(model, section.group_size)
-
-
-def finish_qat(model: nn.Module) -> None:
-    """End INT4 training: the weights become those that the forward passes computed with, and the model a plain one.
-
-    So the model that is saved is the one that was evaluated. Converting it to INT4 changes nothing if it is saved in the
-    dtype it was trained in. The masters are gone from it; a run's checkpoints keep them. Every rank rounds its own rows.
-    """
-    qat.round_weights(model)
-    qat.remove_qat(model)
+    targets, ignore = section.targets, section.ignore
+    if any(isinstance(module, Elsewhere) for module in model.modules()):
+        with torch.device("meta"):
+            whole = type(model)(model.config)
+        here = dict(model.named_modules())
+        chosen = find_targets(whole, targets, ignore)
+        targets, ignore = [target.aliases[-1] for target in chosen if target.path in here], []
+        if not targets:
+            return
+    qat.prepare_qat(model, section.group_size, targets, section.convention, ignore)
 
 
 def _demand_package(name: str, what: str, extra: str) -> None:

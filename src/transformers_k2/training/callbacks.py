@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress, TaskID
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..quantization.qat import QATSchedule, set_rounding, settings
 from .errors import NonFiniteLossError
 from .machine import StopSignal
 from .step_monitor import StepLines
@@ -153,6 +155,40 @@ class Saver(TrainerCallback):
         if state.global_step < state.max_steps and self.signal.agreed(args.device):
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
+
+
+class QATPhases(TrainerCallback):
+    """Moves a model that `prepare_qat` has prepared through the phases of its schedule.
+
+    The phase is a function of the step, so a resumed run is in the right one. An evaluation sees the phase of the step that
+    follows; after training the model rounds.
+    """
+
+    def __init__(self, model: nn.Module, schedule: QATSchedule) -> None:
+        self.model, self.schedule = model, schedule
+        self.weights = list(settings(model))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_rounding(self.model, self.schedule.rounds(state.global_step))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.schedule.freezes(state.global_step, state.max_steps):
+            for name in self.weights:
+                self.model.get_parameter(name).grad = None  # optimizers then skip it, weight decay included
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_rounding(self.model, self.schedule.rounds(state.global_step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_rounding(self.model, True)
 
 
 class ProgressBar(TrainerCallback):

@@ -28,6 +28,7 @@ from rich.progress import (
 from . import machine
 from .callbacks import Metrics
 from .data import load_tokenizer, prepare_data
+from .int4_report import NUMBERS, PICTURE, plot_int4
 from .output import CHECKPOINTS, check_output, staged
 from .prepare import build_config
 from .recipe import Recipe, differences, load_recipe
@@ -78,6 +79,7 @@ def train(
             data = prepare_data(recipe, tokenizer, folder, progress)
             run = Run(recipe, config, data, layout, folder, progress, signal)
             context = run.measure_context()
+            losses = run.measure_int4()
             run.train(console)
         if run.saver.stopped_at is not None:
             console.print(
@@ -87,14 +89,17 @@ def train(
             raise SystemExit(STOPPED)
         if context is not None:
             context.measure_after(run.model, run.trainer)
+        if losses is not None:
+            losses.measure_after()
         run.save()
         with console.status("The reloaded model writes"):
-            sample, reloaded = run.reload_and_generate()
+            sample, reloaded, agreement = run.reload_and_generate()
         summary = None
         if machine.rank() == 0:
+            outcome = None if losses is None else losses.outcome(folder, agreement)
             summary = summarise(
                 recipe, Path(name).stem, data, run.parameters, run.metrics, run.clips, run.loads, context, sample,
-                reloaded, layout, time.perf_counter() - started,
+                reloaded, layout, outcome, time.perf_counter() - started,
             )  # fmt: skip
             _draw(recipe, folder, run.metrics, summary)
             summary.save(folder / "summary.json")
@@ -150,3 +155,7 @@ def _draw(recipe: Recipe, folder: Path, metrics: Metrics, summary: RunSummary) -
     plot_losses(
         folder / "loss.png", metrics.training, metrics.held_out, recipe.tokens_per_step, counted, title
     )
+    if summary.int4 is not None:
+        summary.int4.save(folder / NUMBERS)
+        name = f"INT4 training of {summary.model}"
+        plot_int4(folder / PICTURE, summary.int4, metrics.held_out, name)

@@ -17,7 +17,7 @@ from ..parallel.plan_search import advised
 from ..parallel.planner import Plan, plan
 from .optimizers import MuonClip
 from .prepare import build_config
-from .recipe import NF4, Int4QAT, Recipe
+from .recipe import NF4, Int4, Int4QAT, Recipe
 
 MACHINE = ("gpu_memory", "reserve", "intra_node_gbps", "inter_node_gbps", "imbalance")
 
@@ -101,7 +101,7 @@ def _config(recipe: Recipe) -> KimiK2Config:
 def _notes(recipe: Recipe) -> Iterator[str]:
     if recipe.adapter is not None:
         yield f"The base is frozen; the adapter of rank {recipe.adapter.rank}, its gradients and states are not counted."
-    if isinstance(recipe.quantization, NF4):
-        yield "The base is counted in weights_dtype; NF4 makes its linear layers, experts aside, smaller."
+    if isinstance(recipe.quantization, Int4 | NF4):
+        yield "The base is counted in weights_dtype; INT4 makes its routed experts smaller, NF4 its linear layers too."
     if isinstance(recipe.quantization, Int4QAT):
         yield "The rounded copies of a layer's experts, which INT4 training computes with, are not counted."

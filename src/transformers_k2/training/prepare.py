@@ -32,7 +32,7 @@ from . import machine
 from .adapters import add_adapter, load_quantised, start_qat
 from .checkpoints import Checkpoints
 from .data import Data
-from .recipe import NF4, Int4QAT, Recipe
+from .recipe import NF4, Int4, Int4QAT, Recipe
 from .spikes import SpikeGuard
 from .steps import Phase, StepPlan, held_out_batches
 from .trainer import RecipeTrainer
@@ -97,11 +97,14 @@ def prepare_model(
     config._attn_implementation = recipe.model.attention
     training, weights = recipe.training, recipe.model.weights
     dtype, compute = getattr(torch, training.weights_dtype), getattr(torch, training.dtype)
-    source = RandomWeights(config, training.seed) if weights is None else CheckpointWeights(_folder(weights))
     model: Any
-    if isinstance(recipe.quantization, NF4):
-        model = load_quantised(config, layout, source, recipe.quantization, dtype, compute)
+    if isinstance(recipe.quantization, Int4 | NF4):
+        assert weights is not None
+        model = load_quantised(_folder(weights), config, layout, recipe.quantization, dtype, compute)
     else:
+        source = (
+            RandomWeights(config, training.seed) if weights is None else CheckpointWeights(_folder(weights))
+        )
         # Accelerate shards a model that every process holds whole.
         built = Layout(layout.world_size) if recipe.parallel.engine == "accelerate" else layout
         model = build_model(config, built, source, dtype, mixed_precision=training.dtype == "bfloat16")

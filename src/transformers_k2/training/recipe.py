@@ -183,22 +183,40 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
+class Int4:
+    """A frozen base with its routed experts in INT4, packed as the hub stores them; the rest in `weights_dtype`."""
+
+    method: Literal["int4"]
+    group_size: Count
+
+
+@dataclass(frozen=True)
 class NF4:
-    """bitsandbytes' 4-bit NormalFloat for linear layers of a frozen base; routed experts stay as they are."""
+    """The same, with its linear layers in bitsandbytes' 4-bit NormalFloat; `double_quant` quantises their scales too."""
 
     method: Literal["nf4"]
+    group_size: Count
     double_quant: bool
 
 
 @dataclass(frozen=True)
 class Int4QAT:
-    """Quantisation-aware training of routed experts on the INT4 grid they will be stored on."""
+    """Quantisation-aware training on the INT4 grid on which weights will be stored; see quantization/qat.py.
+
+    `targets` and `ignore` are patterns as in compressed-tensors' configurations. The first `warmup` steps compute without
+    rounding, the last `freeze` leave the quantised weights as they are.
+    """
 
     method: Literal["int4_qat"]
+    targets: list[str]
+    ignore: list[str]
     group_size: Count
+    convention: Literal["kimi", "compressed_tensors"]
+    warmup: Phase
+    freeze: Phase
 
 
-QUANTIZATION: dict[str, type] = {"nf4": NF4, "int4_qat": Int4QAT}
+QUANTIZATION: dict[str, type] = {"int4": Int4, "nf4": NF4, "int4_qat": Int4QAT}
 
 
 @dataclass(frozen=True)
@@ -427,11 +445,17 @@ def _check(recipe: Recipe, source: str) -> None:
         f"memory.recompute is {recipe.memory.recompute}, but model.experts is {model.experts!r}: expected k2, whose routed "
         "experts can recompute them.",
     )
-    if isinstance(recipe.quantization, NF4):
+    if isinstance(recipe.quantization, Int4QAT):
+        on, still = recipe.num_steps(recipe.quantization.warmup), recipe.num_steps(recipe.quantization.freeze)
         demand(
-            recipe.adapter is not None,
-            "quantization.method is 'nf4', whose weights cannot train: expected an adapter.",
+            on + still <= steps,
+            f"quantization.warmup is {recipe.quantization.warmup} and quantization.freeze {recipe.quantization.freeze}, "
+            f"together {on + still} steps: expected at most training.steps, {steps}.",
         )
+    if isinstance(recipe.quantization, Int4 | NF4):
+        method = f"quantization.method is {recipe.quantization.method!r}"
+        demand(recipe.adapter is not None, f"{method}, whose weights cannot train: expected an adapter.")
+        demand(model.weights is not None, f"{method}, a frozen base: expected model.weights.")
 
 
 def _check_context(recipe: Recipe, context: ContextSection, demand: Any) -> None:

@@ -26,6 +26,9 @@ from .data import Data
 from .expert_load import LINES as LOAD_LINES
 from .expert_load import PICTURE as LOAD_PICTURE
 from .expert_load import ExpertLoadMonitor, LoadOutcome
+from .int4_report import NUMBERS as INT4_NUMBERS
+from .int4_report import PICTURE as INT4_PICTURE
+from .int4_report import Int4Outcome
 from .muon_clip_monitor import LINES, PICTURE, ClipOutcome, MuonClipMonitor
 from .recipe import Recipe
 from .rows import predicted_pairs, spread
@@ -52,6 +55,10 @@ LOAD_FILES = {
 QK_CLIP_FILES = {
     PICTURE: "largest logit of every head against tau, clips, and the size of the updates",
     LINES: "the same of every step: largest logits, factors and clips per head",
+}
+INT4_FILES = {
+    INT4_PICTURE: "held-out loss on the INT4 grid, and what rounding costs before and after",
+    INT4_NUMBERS: "the same as numbers, and how the files compare with what was trained",
 }
 
 
@@ -91,6 +98,7 @@ class RunSummary:
     base: str | None = None  # of an adapter
     chat: bool = False  # the loss counts assistant turns only
     mfu: float | None = None  # of the last step
+    int4: Int4Outcome | None = None  # of INT4 training
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,6 +164,7 @@ class RunSummary:
             "with token frequencies, both counted on the tokens that were trained on",
             **({"QK-Clip": str(self.qk_clip)} if self.qk_clip else {}),
             **({"Expert load": str(self.expert_load)} if self.expert_load else {}),
+            **({"INT4": str(self.int4)} if self.int4 else {}),
             "Reloaded": self.reloaded,
         }
         for name, text in rows.items():
@@ -166,6 +175,7 @@ class RunSummary:
             **FILES,
             **(LOAD_FILES if self.expert_load else {}),
             **(QK_CLIP_FILES if self.qk_clip else {}),
+            **(INT4_FILES if self.int4 else {}),
         }
         for name, text in kinds.items():
             files.add_row(Text(str(Path(self.output_dir) / name), style="cyan", overflow="fold"), Text(text))
@@ -278,6 +288,7 @@ def summarise(
     sample: str,
     reloaded: str,
     layout: Layout,
+    int4: Int4Outcome | None,
     total_seconds: float,
 ) -> RunSummary:
     """The outcome of a run whose parts are these."""
@@ -324,6 +335,7 @@ def summarise(
         base=None if recipe.adapter is None else recipe.model.weights,
         chat=chat,
         mfu=metrics.mfu,
+        int4=int4,
     )
 
 

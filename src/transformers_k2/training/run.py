@@ -11,26 +11,29 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..moe import RouterBalance
 from ..parallel import Layout
 from ..parallel.pipeline import Pipeline
+from ..quantization.qat import QATSchedule
 from ..rope import set_rope_scaling
 from . import machine
-from .adapters import finish_qat, save_adapter
-from .callbacks import Metrics, ProgressBar, Saver
+from .adapters import load_quantised, save_adapter
+from .callbacks import Metrics, ProgressBar, QATPhases, Saver
 from .chat_data import end_of_turn
 from .context import ContextLosses
 from .data import Data
 from .errors import NonFiniteLossError
 from .expert_load import ExpertLoadMonitor
-from .export import export_hub
+from .export import export_hub, export_int4
 from .flops import peak_flops, training_flops_per_token
+from .int4_report import Agreement, Int4Losses, compare
 from .muon_clip_monitor import MuonClipMonitor
 from .optimizers import MuonClip
 from .prepare import build_trainer, prepare_model
-from .recipe import NF4, Int4QAT, Recipe
+from .recipe import NF4, Int4, Int4QAT, Recipe
 from .step_monitor import Gather
 from .trainer import RecipeTrainer
 
@@ -87,6 +90,10 @@ class Run:
         self.clips = _monitor(recipe, folder, gather)
         bar = ProgressBar(progress, self.metrics)
         callbacks = [self.metrics, bar, self.saver]
+        if isinstance(recipe.quantization, Int4QAT):
+            phases = (recipe.quantization.warmup, recipe.quantization.freeze)
+            schedule = QATSchedule(*map(recipe.num_steps, phases))
+            callbacks.insert(0, QATPhases(self.model, schedule))  # before an evaluation that another asks for
         self.trainer: RecipeTrainer = build_trainer(
             recipe, self.model, data, layout, folder, callbacks, self.balance, self.pipeline,
             phase_begins=self._phase_begins,
@@ -102,7 +109,20 @@ class Run:
             return None
         losses = ContextLosses(self.recipe, self.data, self.layout)
         losses.measure_before(self.model, self.trainer)
+        _reshard(self.model)
         return losses
+
+    def measure_int4(self) -> Int4Losses | None:
+        """The losses of a recipe with INT4 training, before it trains."""
+        if not self._trains_int4:
+            return None
+        losses = Int4Losses(self.model, self.trainer)
+        _reshard(self.model)
+        return losses
+
+    @property
+    def _trains_int4(self) -> bool:
+        return isinstance(self.recipe.quantization, Int4QAT)
 
     def train(self, console: Console) -> None:
         """Train from the newest checkpoint of the folder, or from the start."""
@@ -123,10 +143,8 @@ class Run:
             ) from None
 
     def save(self) -> None:
-        """The model, or its adapter, in the hub's layout, and the tokenizer."""
+        """The model, or its adapter, in the hub's layout, packed if it was trained for INT4, and the tokenizer."""
         model, tokenizer = self.model, self.data.tokenizer
-        if isinstance(self.recipe.quantization, Int4QAT):
-            finish_qat(model)
         model.config.use_cache = True  # Trainer turned it off for training
         if self.recipe.data.kind == "chat":
             model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
@@ -137,27 +155,29 @@ class Run:
         elif self.layout.splits_the_model:
             assert self.trainer.checkpoints is not None
             export_hub(self.trainer.checkpoints.path(self.recipe.training.steps), model, self.folder)
+        elif main and self._trains_int4:
+            export_int4(model, self.folder)
         elif main:
             model.save_pretrained(self.folder)
         if main:
             tokenizer.save_pretrained(self.folder)
         machine.barrier()
 
-    def reload_and_generate(self) -> tuple[str, str]:
+    def reload_and_generate(self) -> tuple[str, str, Agreement | None]:
         """Load what was saved through the Auto classes, compare it with the model, and sample from it, on rank 0.
 
         Returns:
-            What it writes, and how it compares.
+            What it writes, how it compares, and, of a whole model that was trained for INT4, by how many weights and codes.
 
         Raises:
             RuntimeError: the reloaded model computes something else.
         """
         if self.parameters[0] > _RELOAD_LIMIT:
-            return "", f"no: {self.parameters[0] / 1e9:.0f} G parameters on one process"
+            return "", f"no: {self.parameters[0] / 1e9:.0f} G parameters on one process", None
         batch = {key: value[:1] for key, value in self.trainer.held_out[0].items()}
         loss, logits = _loss_and_logits(self.trainer, batch, self.recipe.adapter is not None)
         if machine.rank() != 0:
-            return "", ""
+            return "", "", None
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         reloaded = self._reload()
         with torch.no_grad():
@@ -165,33 +185,47 @@ class Run:
                 **{key: value.to(reloaded.device) for key, value in batch.items()}, use_cache=False
             )
         classes = f"with {'PeftModel' if self.recipe.adapter else 'AutoModelForCausalLM'} and AutoTokenizer: "
-        # The base of an NF4 run is loaded in its own dtype again.
-        same_weights = not isinstance(self.recipe.quantization, NF4)
-        if same_weights and logits is not None:
-            if not torch.equal(logits, output.logits):
+        if logits is not None:
+            same = torch.equal(logits, output.logits)
+            agreement = compare(self.model, reloaded, self.folder, same) if self._trains_int4 else None
+            if not same or (agreement is not None and agreement != Agreement(0, 0, True)):
                 raise RuntimeError(
                     f"The model loaded from {self.folder} differs from the one that was saved, by up to "
-                    f"{(logits - output.logits).abs().max():.3g} in the logits."
+                    f"{(logits - output.logits).abs().max():.3g} in the logits{f', {agreement}' if agreement else ''}."
                 )
-            return _sample(self.recipe, reloaded, tokenizer), f"{classes}the logits are the same to the bit"
+            packed = " of the INT4 weights, dequantised," if self._trains_int4 else ""
+            text = f"{classes}the logits{packed} are the same to the bit"
+            return _sample(self.recipe, reloaded, tokenizer), text, agreement
         expected, found = float(loss), float(output.loss)
-        if abs(expected - found) > (1e-3 if same_weights else 0.1) * abs(expected):
+        if abs(expected - found) > 1e-3 * abs(expected):
             raise RuntimeError(
                 f"The model loaded from {self.folder} has a loss of {found:.5f} where the one that was saved has "
                 f"{expected:.5f}."
             )
-        base = "" if same_weights else f" on the base in {str(reloaded.dtype).removeprefix('torch.')}"
-        text = f"{classes}on a held-out row{base} its loss is {found:.5f}, as trained {expected:.5f}"
-        return _sample(self.recipe, reloaded, tokenizer), text
+        text = f"{classes}on a held-out row its loss is {found:.5f}, as trained {expected:.5f}"
+        return _sample(self.recipe, reloaded, tokenizer), text, None
 
     def _reload(self) -> Any:
-        """The model in the folder; an adapter on the base that it names, through PEFT."""
-        weights: Any = self.folder if self.recipe.adapter is None else self.recipe.model.weights
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            weights,
-            device_map=self.trainer.args.device,
-            dtype=getattr(torch, self.recipe.training.weights_dtype),  # a base may be stored in another
-        )
+        """The model in the folder; an adapter on the base that it names, quantised as in training, through PEFT."""
+        recipe, dtype = self.recipe, getattr(torch, self.recipe.training.weights_dtype)
+        model: Any
+        if isinstance(recipe.quantization, Int4 | NF4):
+            assert recipe.model.weights is not None
+            compute = getattr(torch, recipe.training.dtype)
+            model = load_quantised(
+                recipe.model.weights, self.model.config, self.layout, recipe.quantization, dtype, compute
+            ).eval()
+        else:
+            weights: Any = self.folder if recipe.adapter is None else recipe.model.weights
+            dequantised = (
+                {"dequantize": True} if self._trains_int4 else {}
+            )  # the logits of training, to the bit
+            model = AutoModelForCausalLM.from_pretrained(
+                weights,
+                **dequantised,
+                device_map=self.trainer.args.device,
+                dtype=dtype,  # a base may be stored in another
+            )
         model.set_experts_implementation(self.model.config._experts_implementation)
         model.set_attn_implementation(self.model.config._attn_implementation)
         if self.recipe.adapter is not None:
@@ -218,6 +252,13 @@ def count_parameters(config: Any) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(parameter.numel() for key, parameter in model.named_parameters() if ".experts." in key)
     return total, total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    """After an evaluation FSDP2 leaves some weights whole; an optimizer made then would update copies of them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
