@@ -49,6 +49,8 @@ def main() -> None:
             "fp8": (checkpoints.to_fp8(plain), {"quantization_config": checkpoints.FP8_CONFIG}),
             "int4": (checkpoints.to_int4(plain), {"quantization_config": checkpoints.INT4_CONFIG}),
         }
+        # INT4 twice: as bf16, which is all that the stock class can, and as it is.
+        forms |= {"int4, kept": forms["int4"]}
         size = sum(tensor.numel() for tensor in plain.values())
         print(f"{size / 1e6:.0f}M parameters, loaded as bf16 on {torch.get_num_threads()} threads")
         ratios = {}
@@ -60,15 +62,19 @@ def main() -> None:
             shutil.copytree(ours, stock)
             config = json.loads((stock / "config.json").read_text()) | {"model_type": "deepseek_v3"}
             (stock / "config.json").write_text(json.dumps(config))
+            dequantize = {} if form.endswith("kept") else {"dequantize": True}
             seconds: dict[type, list[float]] = {KimiK2ForCausalLM: [], DeepseekV3ForCausalLM: []}
             for _ in range(repeats):
-                for cls, folder in ((KimiK2ForCausalLM, ours), (DeepseekV3ForCausalLM, stock)):
+                for cls, folder, options in (
+                    (KimiK2ForCausalLM, ours, dequantize),
+                    (DeepseekV3ForCausalLM, stock, {}),
+                ):
                     start = time.perf_counter()
-                    cls.from_pretrained(folder, dtype=torch.bfloat16)
+                    cls.from_pretrained(folder, dtype=torch.bfloat16, **options)
                     seconds[cls].append(time.perf_counter() - start)
             mine, theirs = (statistics.median(seconds[cls]) for cls in seconds)
             ratios[form] = mine / theirs
-            print(f"{form:5} transformers_k2 {mine:6.2f} s   transformers {theirs:6.2f} s")
+            print(f"{form:10} transformers_k2 {mine:6.2f} s   transformers {theirs:6.2f} s")
         print("ratio  " + "  ".join(f"{form} {ratio:.2f}" for form, ratio in ratios.items()))
     finally:
         shutil.rmtree(home)

@@ -420,6 +420,14 @@ def test_weights_that_are_not_finite_are_not_quantised(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int4Config())
 
 
+def test_no_quantization_config_is_that_of_the_files(tmp_path: Path) -> None:
+    """Scripts pass their option on, whether it is set or not; transformers would forget what config.json says."""
+    folder = folder_of(tmp_path)
+    for cls in (AutoModelForCausalLM, KimiK2ForCausalLM):
+        model = cls.from_pretrained(folder, quantization_config=None)
+        assert type(model.model.layers[1].mlp.experts) is PackedExperts
+
+
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"group_size is 0: expected a positive integer"):
         Int4Config(group_size=0)

@@ -151,6 +151,13 @@ class KimiK2Config(DeepseekV3Config):
         self._check()
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As upstream's, but `quantization_config=None`, which `from_pretrained` hands on, leaves the file's alone."""
+        if kwargs.get("quantization_config", ...) is None:
+            del kwargs["quantization_config"]
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def _known_keys(cls) -> set[str]:
         known = {field.name for field in fields(cls)} | _TRANSFORMERS_KEYS
         return known | set(GenerationConfig._get_default_generation_params())

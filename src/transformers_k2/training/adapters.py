@@ -12,6 +12,8 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,9 +105,7 @@ def add_adapter(
     resolve(config, model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         _demand_no_routed_experts(config, section.targets)
-    with warnings.catch_warnings():
-        # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with _without_renaming_warning():
         adapted: Any = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = None if base is None else os.fspath(base)
     _draw(adapted, seed)
@@ -162,6 +162,22 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
         save_embedding_layers=False,
         is_main_process=rank == 0,
     )
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> PeftModel:
+    """The model with an adapter that `save_adapter` wrote."""
+    from peft import PeftModel
+
+    with _without_renaming_warning():
+        return PeftModel.from_pretrained(model, os.fspath(folder))
+
+
+@contextmanager
+def _without_renaming_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def load_quantised(

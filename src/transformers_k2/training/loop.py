@@ -99,7 +99,7 @@ def train(
             outcome = None if losses is None else losses.outcome(folder, agreement)
             summary = summarise(
                 recipe, Path(name).stem, data, run.parameters, run.metrics, run.clips, run.loads, context, sample,
-                reloaded, layout, outcome, time.perf_counter() - started,
+                reloaded, layout, outcome, run.quantised_base(), time.perf_counter() - started,
             )  # fmt: skip
             _draw(recipe, folder, run.metrics, summary)
             summary.save(folder / "summary.json")

@@ -63,6 +63,36 @@ INT4_FILES = {
 
 
 @dataclass(frozen=True)
+class QuantisedBase:
+    """The frozen model under an adapter, as it was in memory."""
+
+    method: str  # of the recipe
+    group_size: int
+    double_quant: bool
+    num_bytes: int
+    num_float_bytes: int  # of the same weights in the recipe's weights_dtype
+
+    def __str__(self) -> str:
+        linear = f", linear layers in NF4{' (double quantisation)' if self.double_quant else ''}"
+        return (
+            f"frozen, routed experts in INT4 (groups of {self.group_size}){linear if self.method == 'nf4' else ''}: "
+            f"{self.num_bytes / 1e6:,.1f} MB, unquantised {self.num_float_bytes / 1e6:,.1f} MB"
+        )
+
+    def loading_code(self) -> tuple[str, str]:
+        """Imports, and the argument of from_pretrained."""
+        if self.method == "int4":
+            argument = f"Int4Config({self.group_size})"
+            return "from transformers_k2 import Int4Config\n", argument
+        options = (
+            f"load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant={self.double_quant}"
+        )
+        nf4 = f"BitsAndBytesConfig(\n    {options}\n)"
+        imports = "from transformers import BitsAndBytesConfig\nfrom transformers_k2 import Int4Config\n"
+        return imports, f"Int4Config({self.group_size}, linear={nf4})"
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The outcome of a run. Losses are means in nats per token."""
 
@@ -96,6 +126,7 @@ class RunSummary:
     context: dict[str, dict[int, float]] | None = None  # losses by state and length
     processes: str = "1"
     base: str | None = None  # of an adapter
+    quantised_base: QuantisedBase | None = None
     chat: bool = False  # the loss counts assistant turns only
     mfu: float | None = None  # of the last step
     int4: Int4Outcome | None = None  # of INT4 training
@@ -132,11 +163,15 @@ class RunSummary:
                 "    messages, add_generation_prompt=True, return_tensors='pt', return_dict=True\n)\n"
             )
         peft = "from peft import PeftModel\n" if self.base else ""
+        option = ""
+        if self.quantised_base is not None:
+            imports, argument = self.quantised_base.loading_code()
+            peft, option = peft + imports, f", quantization_config={argument}"
         return (
             f"import transformers_k2  # registers kimi_k2\n{peft}"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"tokenizer = AutoTokenizer.from_pretrained({self.output_dir!r})\n"
-            f"model = AutoModelForCausalLM.from_pretrained({self.base or self.output_dir!r})\n{adapter}{inputs}"
+            f"model = AutoModelForCausalLM.from_pretrained({self.base or self.output_dir!r}{option})\n{adapter}{inputs}"
             "output = model.generate(**inputs, max_new_tokens=100, do_sample=True)\n"
             "print(tokenizer.decode(output[0]))"
         )
@@ -151,6 +186,7 @@ class RunSummary:
             f"on; {self.held_out_documents:,} documents, {self.held_out_tokens:,} tokens held out{skipped}",
             "Model": f"{self.model}: {self.num_parameters / 1e6:.2f} M parameters, "
             f"{self.num_active_parameters / 1e6:.2f} M of them used per token",
+            **({"Base": str(self.quantised_base)} if self.quantised_base else {}),
             "Training": f"{self.steps:,} steps, {self.tokens:,} tokens ({self.passes:.2f} passes) in "
             f"{self.training_seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s",
             "Processes": self.processes
@@ -289,6 +325,7 @@ def summarise(
     reloaded: str,
     layout: Layout,
     int4: Int4Outcome | None,
+    base: QuantisedBase | None,
     total_seconds: float,
 ) -> RunSummary:
     """The outcome of a run whose parts are these."""
@@ -333,6 +370,7 @@ def summarise(
         processes=_describe(layout),
         reloaded=reloaded,
         base=None if recipe.adapter is None else recipe.model.weights,
+        quantised_base=base,
         chat=chat,
         mfu=metrics.mfu,
         int4=int4,

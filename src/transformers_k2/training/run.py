@@ -20,7 +20,7 @@ from ..parallel.pipeline import Pipeline
 from ..quantization.qat import QATSchedule
 from ..rope import set_rope_scaling
 from . import machine
-from .adapters import load_quantised, save_adapter
+from .adapters import load_adapter, load_quantised, save_adapter
 from .callbacks import Metrics, ProgressBar, QATPhases, Saver
 from .chat_data import end_of_turn
 from .context import ContextLosses
@@ -34,6 +34,7 @@ from .muon_clip_monitor import MuonClipMonitor
 from .optimizers import MuonClip
 from .prepare import build_trainer, prepare_model
 from .recipe import NF4, Int4, Int4QAT, Recipe
+from .report import QuantisedBase
 from .step_monitor import Gather
 from .trainer import RecipeTrainer
 
@@ -119,6 +120,21 @@ class Run:
         losses = Int4Losses(self.model, self.trainer)
         _reshard(self.model)
         return losses
+
+    def quantised_base(self) -> QuantisedBase | None:
+        """What is under an adapter that was trained on 4-bit weights."""
+        section = self.recipe.quantization
+        if not isinstance(section, Int4 | NF4):
+            return None
+        frozen = [value for value in self.model.parameters() if not value.requires_grad]
+        itemsize = getattr(torch, self.recipe.training.weights_dtype).itemsize
+        return QuantisedBase(
+            section.method,
+            section.group_size,
+            isinstance(section, NF4) and section.double_quant,
+            sum(value.nbytes for value in frozen),
+            self.parameters[0] * itemsize,
+        )
 
     @property
     def _trains_int4(self) -> bool:
@@ -229,9 +245,7 @@ class Run:
         model.set_experts_implementation(self.model.config._experts_implementation)
         model.set_attn_implementation(self.model.config._attn_implementation)
         if self.recipe.adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(self.folder))
+            model = load_adapter(model, self.folder)
         return model
 
     def _phase_begins(self, number: int) -> None:
