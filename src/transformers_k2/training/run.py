@@ -5,6 +5,8 @@ What it gives up: a model that is split over processes is compared with its save
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import logging
 
 from ..moe import RouterBalance
 from ..parallel import Layout
@@ -56,7 +59,8 @@ class Run:
     ) -> None:
         self.recipe, self.data, self.layout, self.folder = recipe, data, layout, folder
         task = progress.add_task("Building the model", total=1, note="")
-        self.model: Any = prepare_model(recipe, config, data.tokenizer, layout)
+        with _quiet():
+            self.model: Any = prepare_model(recipe, config, data.tokenizer, layout)
         self.parameters = count_parameters(config)
         progress.update(task, completed=1, note=f"{self.parameters[0] / 1e6:,.1f} M parameters")
         router, training = recipe.router, recipe.training
@@ -195,7 +199,8 @@ class Run:
         if machine.rank() != 0:
             return "", "", None
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        reloaded = self._reload()
+        with _quiet():
+            reloaded = self._reload()
         with torch.no_grad():
             output = reloaded.eval()(
                 **{key: value.to(reloaded.device) for key, value in batch.items()}, use_cache=False
@@ -257,6 +262,18 @@ class Run:
         ]
         if scalings:
             set_rope_scaling(self.model, scalings[-1], context.max_position_embeddings)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, beside those of the run."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def count_parameters(config: Any) -> tuple[int, int]:
