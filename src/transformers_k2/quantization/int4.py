@@ -87,9 +87,11 @@ def quantize(
     codes = torch.empty(rows.shape, dtype=torch.int8, device=w.device)
     scale = torch.empty(rows.shape[0], num_groups, dtype=torch.bfloat16, device=w.device)
     for band in _bands(rows):
-        groups = rows[band].unflatten(1, (num_groups, group_size))
-        scale[band] = _scales(groups, rule)
-        codes[band] = _codes(groups, scale[band], rule).flatten(1)
+        groups = _grouped(rows[band], group_size, rule)
+        scale[band] = band_scale = _scales(groups, rule)
+        # No quotient is larger than 15, also where the scale is the least number there is: an int8 holds all.
+        codes[band] = _quotients(groups, band_scale).round_().flatten(1)
+        codes[band].clamp_(rule.lowest, HIGHEST)
     if not scale.isfinite().all():
         _check_finite(w)
     return codes.view(w.shape), scale.view(*w.shape[:-1], num_groups)
@@ -108,7 +110,7 @@ def scales(
     rows = w.detach().reshape(-1, w.shape[-1])
     scale = torch.empty(rows.shape[0], num_groups, dtype=torch.bfloat16, device=w.device)
     for band in _bands(rows):
-        scale[band] = _scales(rows[band].unflatten(1, (num_groups, group_size)), rule)
+        scale[band] = _scales(_grouped(rows[band], group_size, rule), rule)
     if not scale.isfinite().all():
         _check_finite(w)
     return scale.view(*w.shape[:-1], num_groups)
@@ -246,10 +248,10 @@ def _fake_quantize(w: Tensor, group_size: int, convention: str) -> Tensor:
     rows = w.reshape(-1, w.shape[-1])
     out = torch.empty(rows.shape, dtype=w.dtype, device=w.device)
     for band in _bands(rows):
-        groups = rows[band].unflatten(1, (-1, group_size))
+        groups = _grouped(rows[band], group_size, rule)
         scale = _scales(groups, rule)
         codes = _codes(groups, scale, rule).add_(0)  # an int8 has no -0
-        out[band] = _products(codes, scale, w.dtype).flatten(1)
+        out[band] = codes.mul_(scale.to(codes.dtype).unsqueeze(-1)).flatten(1)
     return out.view(w.shape)
 
 
@@ -264,8 +266,8 @@ def _clip_gradient(grad: Tensor, w: Tensor, group_size: int, convention: str) ->
     rows, upstream = w.reshape(-1, w.shape[-1]), grad.reshape(-1, w.shape[-1])
     out = torch.empty(rows.shape, dtype=grad.dtype, device=w.device)
     for band in _bands(rows):
-        groups = rows[band].unflatten(1, (-1, group_size))
-        codes = _quotients(groups, _scales(groups, rule), rule).round_()
+        groups = _grouped(rows[band], group_size, rule)
+        codes = _quotients(groups, _scales(groups, rule)).round_()
         inside = (codes >= rule.lowest) & (codes <= HIGHEST)
         out[band] = upstream[band] * inside.flatten(1)
     return out.view(w.shape)
@@ -310,26 +312,33 @@ def _rule(convention: str) -> Convention:
     return CONVENTIONS[convention]
 
 
+def _grouped(rows: Tensor, group_size: int, rule: Convention) -> Tensor:
+    """[rows, in] -> [rows, groups, group size], in the dtype of the division."""
+    return (_widened(rows) if rule.wide else rows).unflatten(1, (-1, group_size))
+
+
 def _scales(groups: Tensor, rule: Convention) -> Tensor:
     """[..., groups, group size] -> bfloat16 [..., groups]."""
     return _widened(groups).abs().amax(-1).div_(rule.divisor).to(torch.bfloat16)
 
 
-def _quotients(groups: Tensor, scale: Tensor, rule: Convention) -> Tensor:
+def _quotients(groups: Tensor, scale: Tensor) -> Tensor:
     """Weights in units of their scale. Where that is 0, so are the weights, or next to it: they count in units of 1."""
-    divisor = scale.masked_fill(scale == 0, 1).unsqueeze(-1)
-    return (_widened(groups) if rule.wide else groups) / divisor
+    divisor = scale.masked_fill(scale == 0, 1)
+    return groups / divisor.to(torch.promote_types(groups.dtype, scale.dtype)).unsqueeze(-1)
 
 
 def _codes(groups: Tensor, scale: Tensor, rule: Convention) -> Tensor:
     """[..., groups, group size], whole numbers in a floating dtype; ties go to the even code."""
-    return _quotients(groups, scale, rule).clamp_(rule.lowest, HIGHEST).round_()
+    return _quotients(groups, scale).clamp_(rule.lowest, HIGHEST).round_()
 
 
 def _recover(groups: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Exchange codes [groups, group size] and scales [groups] that do not give `groups`; the indices of those on no grid."""
     rule = Convention(7.0, -8, wide=True)
-    left = (_products(codes, scale, groups.dtype) != groups).any(-1).nonzero().squeeze(1)
+    # On a CPU both the comparison of bfloat16 and any() of short rows take several times as long as these.
+    differ = _widened(_products(codes, scale, groups.dtype)) != _widened(groups)
+    left = differ.view(torch.uint8).amax(-1).nonzero().squeeze(1)
     values = groups[left]
     largest = _widened(values.abs().amax(-1))
     for code, step in _CANDIDATES:
@@ -340,7 +349,7 @@ def _recover(groups: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         found = torch.arange(len(left), device=left.device)
         for width in (4, values.shape[1]):  # four weights refute most scales
             part = values[:, :width][found]
-            numbers = _codes(part, scales[found], rule)
+            numbers = _codes(_widened(part), scales[found], rule)
             exact = (_products(numbers, scales[found], part.dtype) == part).all(-1)
             numbers, found = numbers[exact], found[exact]
         if not len(found):
@@ -379,7 +388,7 @@ def _widened(values: Tensor) -> Tensor:
 
 def _bands(rows: Tensor, size: int | None = None) -> Iterator[slice]:
     """Rows a few at a time: on a CPU the copies between two operations stay in its cache, elsewhere they stay small."""
-    size = size or 1 << (16 if rows.device.type == "cpu" else 26)
+    size = size or 1 << (18 if rows.device.type == "cpu" else 26)
     num_rows = max(1, size // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], num_rows):
         yield slice(start, start + num_rows)

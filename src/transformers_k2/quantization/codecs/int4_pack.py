@@ -55,15 +55,16 @@ def decode(
             f"INT4 weight_scale {list(scale.shape)} does not divide a [{out_features}, {in_features}] weight into groups."
         )
     out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
-    # In bf16 the product of a code and a bf16 scale rounds once, as from float32; other types go through float32.
-    working = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     num_rows = max(32, _BAND // in_features)
-    for start in range(
-        0, rows, num_rows
-    ):  # one band of rows at a time: the intermediate copies stay in cache
+    for start in range(0, rows, num_rows):  # a band of rows at a time: the intermediate copies stay in cache
         band = slice(start, start + num_rows)
-        codes = unpack(packed[band], in_features).to(working).unflatten(1, (groups, -1))
-        out[band] = codes.mul_(scale[band].to(working).unsqueeze(-1)).flatten(1)
+        # float32 holds the product of a code and a bf16 scale exactly, and is converted to faster than bf16.
+        codes = unpack(packed[band], in_features).to(torch.float32).unflatten(1, (groups, -1))
+        scales, place = scale[band].to(torch.float32).unsqueeze(-1), out[band].unflatten(1, (groups, -1))
+        if dtype is torch.float32:
+            torch.mul(codes, scales, out=place)
+        else:
+            place.copy_(codes.mul_(scales))
     return out
 
 
