@@ -12,9 +12,8 @@ Decoding is one forward call a step and a random token for each sequence, with -
 asks for other experts; the table says how many different ones a layer reads.
 
 --shape k2 has the proportions of K2's layer at half its width: of the weights that a token reads 70% are routed experts',
-the rest stays bf16. --shape experts, the default, has next to no attention: 84%. How many fewer bytes that is, is printed:
-where a step waits for memory it is not faster than that. Not every CPU waits: against one row, ATen's INT4 kernel was
-measured 4 times as fast as a product with bf16 weights with AVX-512, and 1.2 to 1.4 times with AVX2 alone.
+the rest stays bf16. --shape experts, the default, has experts of K2's size, 32 of them for a token, and next to no
+attention: 96%. How many fewer bytes that is, is printed: where a step waits for memory it is not faster than that.
 
 What it gives up: quality (weights are random), long contexts, a cold disk (files come from the page cache). transformers
 multiplies a layer's whole compressed cache out again at every step (kv_b_proj), on every side: the longer --cache, the
@@ -25,8 +24,8 @@ the bytes at batch 1.
 On a busy machine run one thread (OMP_NUM_THREADS=1): then decoding and prefill are timed by the time on its own core.
 --quick runs everything at a small size in half a minute; its ratios are no result.
 
-    python benchmarks/int4_decode.py [--shape k2] [--layers 3] [--experts 32] [--batches 1 4 16] [--prefill 128 512]
-        [--rounds 7] [--steps 4] [--dtype float32] [--quick]
+    python benchmarks/int4_decode.py [--shape k2] [--layers 3] [--experts 32] [--top 8] [--batches 1 4 16]
+        [--prefill 128 512] [--rounds 5] [--steps 4] [--dtype float32] [--quick]
 """
 
 from __future__ import annotations
@@ -67,10 +66,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "k2": {
         "hidden_size": 3584, "moe_intermediate_size": 1024, "num_attention_heads": 32, "q_lora_rank": 768,
         "kv_lora_rank": 256, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "num_hidden_layers": 3, "n_routed_experts": 32, "num_experts_per_tok": 8,
     },
     "experts": {
-        "hidden_size": 3584, "moe_intermediate_size": 1024, "num_attention_heads": 4, "q_lora_rank": 256,
+        "hidden_size": 7168, "moe_intermediate_size": 2048, "num_attention_heads": 4, "q_lora_rank": 256,
         "kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "num_hidden_layers": 1, "n_routed_experts": 40, "num_experts_per_tok": 32,
     },
 }  # fmt: skip
 SPEED, FLOOR, RESIDENT, PEAK = 3.0, 0.95, 0.35, 1.1
@@ -79,14 +80,17 @@ SPEED, FLOOR, RESIDENT, PEAK = 3.0, 0.95, 0.35, 1.1
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
     """config.json as on the hub."""
     shape = dict(SHAPES[options.shape])
-    for key, value in (("hidden_size", options.hidden), ("moe_intermediate_size", options.width)):
+    given = {
+        "hidden_size": options.hidden, "moe_intermediate_size": options.width, "num_hidden_layers": options.layers,
+        "n_routed_experts": options.experts, "num_experts_per_tok": options.top,
+    }  # fmt: skip
+    for key, value in given.items():
         if value is not None:
             shape[key] = value
     return shape | {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "torch_dtype": "bfloat16",
-        "intermediate_size": shape["moe_intermediate_size"], "num_hidden_layers": options.layers,
-        "num_key_value_heads": shape["num_attention_heads"], "n_routed_experts": options.experts,
-        "num_experts_per_tok": options.top, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
+        "intermediate_size": shape["moe_intermediate_size"],
+        "num_key_value_heads": shape["num_attention_heads"], "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
         "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
         "routed_scaling_factor": 2.827, "rope_theta": 50000.0, "max_position_embeddings": 4096, "vocab_size": 2048,
         "bos_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
@@ -290,7 +294,7 @@ def prefill(model: Any, ids: Tensor) -> float:
 def side_by_side(options: argparse.Namespace) -> tuple[float, dict[str, float]]:
     """The experts' share of memory, and the ratios of speed by title; batch 1 of decoding comes first."""
     packed = load("packed", options.folder, torch.bfloat16)
-    share = describe(packed, options.top)
+    share = describe(packed, packed.config.num_experts_per_tok)
     dense = load("dense", options.folder, DTYPES[options.dtype])
     compare_logits(packed, dense)
     models = {"packed": packed, "dense": dense}
@@ -345,19 +349,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="experts", help="of a layer; see above")
     parser.add_argument("--hidden", type=int, help="instead of the shape's")
     parser.add_argument("--width", type=int, help="of an expert, instead of the shape's")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument(
-        "--experts", type=int, default=32, help="in a layer; all of them together must not fit a cache"
+        "--experts", type=int, help="in a layer, instead of the shape's; all of them must not fit a cache"
     )
-    parser.add_argument("--top", type=int, default=8, help="experts for a token")
+    parser.add_argument("--top", type=int, help="experts for a token, instead of the shape's")
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 4, 16], help="sequences that decode at once"
     )
-    parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512], help="tokens of one sequence")
-    parser.add_argument("--cache", type=int, default=32, help="tokens behind a sequence that decodes")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[128], help="tokens of one sequence")
+    parser.add_argument("--cache", type=int, default=8, help="tokens behind a sequence that decodes")
     parser.add_argument("--steps", type=int, default=4, help="of decoding in a round")
-    parser.add_argument("--rounds", type=int, default=7, help="of decoding; medians count")
-    parser.add_argument("--prefill-rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="of decoding; medians count")
+    parser.add_argument("--prefill-rounds", type=int, default=1)
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="bfloat16", help="of the dense side and stock"
     )
@@ -366,7 +370,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.hidden, options.width, options.layers, options.experts = 1024, 512, 2, 16
+        options.hidden, options.width, options.layers, options.experts, options.top = 1024, 512, 2, 16, 8
         options.batches, options.prefill, options.rounds, options.prefill_rounds = [1, 4], [64], 3, 1
     return options
 
@@ -385,7 +389,7 @@ def main() -> None:
         config = config_of(options)
         write(options.folder, config)
         print(
-            f"{options.layers} layers of {options.experts} experts, {config['hidden_size']} x "
+            f"{config['num_hidden_layers']} layers of {config['n_routed_experts']} experts, {config['hidden_size']} x "
             f"{config['moe_intermediate_size']}; {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {has_bfloat16_instructions()}, load average "
             f"{os.getloadavg()[0]:.1f}"

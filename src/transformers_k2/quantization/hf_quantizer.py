@@ -22,6 +22,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import cpu_kernel
 from .codecs import int4_pack
 from .int4 import CONVENTIONS, GROUP_SIZE, dequantize, unpack
 from .packed_experts import STACKS, PackedExperts
@@ -170,8 +171,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in packed_experts(model).values():
-            # Other ranks, and what gathers from them, know the hub's form only.
-            if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            # Our own kernel reads the hub's form. Other ranks, and what gathers from them, know no other.
+            if not cpu_kernel.available() and not any(
+                isinstance(value, DTensor) for value in module.parameters()
+            ):
                 module.use_kernel_form()
         model._weight_conversions = [
             WeightConverter(

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from .. import expert_groups
 from ..expert_groups import Groups
+from . import cpu_kernel
 from .codecs.int4_pack import PER_INT32
 from .packed_linear import has_bfloat16_instructions, linear, linear_dequantized, linear_transposed, threshold
 
 STACKS = ("gate_up_proj", "down_proj")
+_AT_ONCE = 1 << 26  # inputs of a call to the CPU kernel, which takes a few bytes for each beside them
 
 
 class Adapter(NamedTuple):
@@ -47,7 +49,7 @@ class Adapter(NamedTuple):
 
 
 class Stack:
-    """Products with one expert's matrix [out, in] out of a stack, by the way that is faster for that many rows."""
+    """Products with the matrices [out, in] of a stack, for each expert by the way that is faster for its number of rows."""
 
     def __init__(self, packed: Tensor, scale: Tensor) -> None:
         self.packed, self.scale = packed, scale
@@ -62,10 +64,20 @@ class Stack:
         """Columns of a matrix; inputs that fill up the last int32 aside, which K2's sizes do not have."""
         return self.packed.shape[2] * (2 if self.packed.dtype == torch.uint8 else PER_INT32)
 
+    def products(self, groups: Groups, rows: Tensor) -> Tensor:
+        """Each row times its expert's matrix: [pairs, in] -> [pairs, out]."""
+        if rows.numel() <= _AT_ONCE and cpu_kernel.takes(rows, self.packed, self.scale):
+            longest = max((end - start for _, start, end in groups.slices()), default=0)
+            if longest < cpu_kernel.threshold(rows.dtype):
+                return cpu_kernel.grouped_linear(rows, groups.ends, self.packed, self.scale)
+        return groups.each(rows, self.num_out, self.product)
+
     def product(self, expert: int, rows: Tensor, out: Tensor) -> None:
         """out = rows @ W.T: [rows, in] -> [rows, out]."""
         packed, scale = self.packed[expert], self.scale[expert]
-        if packed.dtype == torch.uint8 and len(rows) < threshold(rows.dtype):
+        if cpu_kernel.takes(rows, packed, scale) and len(rows) < cpu_kernel.threshold(rows.dtype):
+            cpu_kernel.linear(rows, packed, scale, out)
+        elif packed.dtype == torch.uint8 and len(rows) < threshold(rows.dtype):
             out.copy_(linear(rows, packed, scale))
         else:
             linear_dequantized(rows, packed, scale, out)
@@ -205,13 +217,12 @@ class _Adapted:
         self.stack, self.adapters = stack, adapters
 
     def product(self, groups: Groups, rows: Tensor) -> Tensor:
-        def product(expert: int, rows: Tensor, out: Tensor) -> None:
-            self.stack.product(expert, rows, out)
-            for adapter in self.adapters:
-                adapter.add(expert, rows, out)
-
+        output = self.stack.products(groups, rows)
         self._begin()
-        return groups.each(rows, self.stack.num_out, product)
+        for expert, start, end in groups.slices() if self.adapters else ():
+            for adapter in self.adapters:
+                adapter.add(expert, rows[start:end], output[start:end])
+        return output
 
     def transposed_product(self, groups: Groups, grads: Tensor) -> Tensor:
         def product(expert: int, rows: Tensor, out: Tensor) -> None:
