@@ -24,6 +24,7 @@ from transformers import (
     Kimi_K25Config,
     PreTrainedConfig,
     PreTrainedModel,
+    core_model_loading,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -31,6 +32,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.distributed import sharding_utils
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -219,16 +221,36 @@ def test_stock_fp8_rejects_a_partial_block_and_misreads_another() -> None:
     assert got[:, 0].tolist() == [1.0] * 96 + [2.0] * 96  # 128 and 64 rows were meant
 
 
-def test_a_dequantising_quantizer_leaves_no_trace() -> None:
-    source = inspect.getsource(HfQuantizer.postprocess_model)
-    assert 'getattr(self.quantization_config, "dequantize", False)' in source
-    assert "remove_quantization_config" in source
+def test_files_are_read_in_one_step_that_can_be_given_other_weights() -> None:
+    """loading.load_weights stands in for it, with objects that are asked like safetensors' slices."""
+    step = PreTrainedModel._load_pretrained_model
+    names = list(inspect.signature(step).parameters)
+    assert names[:4] == ["model", "state_dict", "checkpoint_files", "load_config"]
+    assert "if state_dict is not None:\n                merged_state_dict = state_dict" in inspect.getsource(
+        step
+    )
+    assert "tensor = tensor[...]" in inspect.getsource(core_model_loading._materialize_copy)
+    shard = inspect.getsource(sharding_utils.DtensorShardOperation.shard_tensor)
+    assert "source.get_shape()" in shard
+    assert "source[tuple(slice_parts)]" in shard
 
 
-def test_load_operations_come_before_the_merge_of_experts() -> None:
-    source = inspect.getsource(HfQuantizer.update_weight_conversions)
-    assert 'get_load_operations().get("dequantize")' in source
-    assert "operations=[dequantize(self)] + converter.operations" in source
+def test_weights_that_are_offloaded_to_disk_are_written_there_if_no_file_has_them() -> None:
+    source = inspect.getsource(core_model_loading.offload_and_maybe_resave_param)
+    assert "if target_name not in disk_offload_index or" in source
+
+
+def test_parallel_plans_grow_by_the_names_of_a_quantizer() -> None:
+    source = inspect.getsource(HfQuantizer.update_parallel_plan)
+    assert "for p, names in self.serialized_names.items()" in source
+    assert "if key in params and key not in plan" in source
+
+
+def test_conversions_are_undone_when_a_model_is_saved() -> None:
+    """hf_quantizer.py sets `_weight_conversions`; the operations get the configuration."""
+    source = inspect.getsource(revert_weight_conversion)
+    assert 'getattr(model, "_weight_conversions", None)' in source
+    assert "config=model.config" in source
 
 
 # saving.py

@@ -6,12 +6,14 @@ A failure after an upgrade says which part of the mapping to look at; a defect t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
@@ -179,6 +181,16 @@ def test_peft_reads_a_renamed_property() -> None:
     """Why our own tests ignore one FutureWarning."""
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
         get_peft_model(kimi(), lora(target_modules=["o_proj"]))
+
+
+def test_the_seams_of_packed_experts() -> None:
+    """What packed_lora.py wraps, and how PEFT finds parameters, its wrappers and custom modules."""
+    parameters = inspect.getsource(LoraModel._inject_parameters)
+    assert "named_parameters" in parameters
+    assert list(inspect.signature(LoraModel._check_merge_allowed).parameters) == ["self"]
+    assert "_check_merge_allowed()" in inspect.getsource(LoraModel._unload_and_optionally_merge)
+    assert "_custom_modules" in inspect.getsource(LoraModel._create_new_module)
+    assert "auto_mapping" in {field.name for field in dataclasses.fields(LoraConfig)}
 
 
 def test_the_wrapper_is_in_place() -> None:
