@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
-from transformers_k2.quantization import int4
+from transformers_k2.quantization import cpu_kernel, int4
 from transformers_k2.quantization.packed_experts import STACKS, PackedExperts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -61,7 +61,8 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
             weight.copy_(int4.dequantize(codes, scale, torch.float32))
             packed.get_parameter(f"{name}_packed").copy_(int4.pack(codes))
             packed.get_parameter(f"{name}_scale").copy_(scale)
-    packed.use_kernel_form()
+    if not cpu_kernel.available():  # as the loader does
+        packed.use_kernel_form()
     dense.model.layers[0].mlp.experts = nn.Identity()
     other = copy.deepcopy(dense)
     dense.model.layers[0].mlp.experts, other.model.layers[0].mlp.experts = experts, packed
