@@ -24,8 +24,8 @@ import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2 import KimiK2ForCausalLM
 from transformers_k2.cli import app
-from transformers_k2.conversion import export_adapter, merge_adapter, quantize, stored
-from transformers_k2.conversion.adapters import open_adapter
+from transformers_k2.conversion import export_adapter, merge, merge_adapter, quantize, stored
+from transformers_k2.conversion.adapters import Lora, open_adapter
 
 pytestmark = [
     # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
@@ -464,3 +464,15 @@ def test_commands(make: Make, base: Path, tmp_path: Path) -> None:
     )
     assert told.exit_code == 0, told.output
     same(read(tmp_path / "dst"), sums)
+
+
+def test_products_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands over blocks of other sizes, in order, and again from the start."""
+    monkeypatch.setattr(merge, "_AT_ONCE", 7 * 20)
+    b, a = torch.randn(50, 3), torch.randn(3, 20)
+    product = merge._Product(Lora(a, b, 1.5, 0.5, on_parameter=False))
+    expected = b.double() @ a.double() * 0.5
+    for step in (1, 6, 7, 20, 50):
+        rows = torch.cat([product.rows(start, min(start + step, 50)) for start in range(0, 50, step)])
+        torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
+    assert len(product.block) == 0

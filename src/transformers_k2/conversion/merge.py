@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..manifest import base_dtype, split_config
@@ -36,6 +38,7 @@ from .stream import (
 )
 
 TARGETS = ("bf16", "int4")
+_AT_ONCE = 1 << 24  # entries of a product: 64 MB
 
 
 def merge_adapter(
@@ -120,16 +123,46 @@ def _tasks(source: Source, weight: Weight, lora: Lora | None, keep: bool) -> lis
 
 def _merged(read: Callable[[int, int], Tensor], lora: Lora) -> Callable[[int, int], Tensor]:
     """(start, stop) -> rows of the sum, in the dtype of the weight."""
+    product = _Product(lora)
 
     def rows(start: int, stop: int) -> Tensor:
         weight = read(start, stop)
-        # In float32, to which PEFT raises adapters.
-        update = lora.b[start:stop].float() @ lora.a.float() * lora.scaling
+        update = product.rows(start, stop)
         if lora.on_parameter:
             return weight + update.to(weight.dtype)
         return (weight + update).to(weight.dtype)
 
     return rows
+
+
+class _Product:
+    """B A times the scaling, in float32, to which PEFT raises adapters; made a block of rows at a time.
+
+    Whole if it is no larger than an expert of K2's, otherwise in blocks of even size: libraries sum the products of a
+    few rows in another order than those of many, and the bits are to be PEFT's.
+    """
+
+    def __init__(self, lora: Lora) -> None:
+        self.lora = lora
+        num_rows = len(lora.b)
+        num_blocks = max(1, min(num_rows, -(-num_rows * lora.a.shape[1] // _AT_ONCE)))
+        self.ends = [number * num_rows // num_blocks for number in range(1, num_blocks + 1)]
+        self.start, self.block = 0, torch.empty(0)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        parts = []
+        while start < stop:
+            if not self.start <= start < self.start + len(self.block):
+                number = bisect_right(self.ends, start)
+                self.start = self.ends[number - 1] if number else 0
+                b = self.lora.b[self.start : self.ends[number]].float()
+                self.block = b @ self.lora.a.float() * self.lora.scaling
+            last = min(stop, self.start + len(self.block))
+            parts.append(self.block[start - self.start : last - self.start])
+            start = last
+        if stop == self.ends[-1]:
+            self.block = torch.empty(0)  # the plan outlives its tasks
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _check_fit(adapter: Adapter, weights: Mapping[str, Weight], src: Path) -> None:
