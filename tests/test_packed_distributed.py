@@ -26,6 +26,7 @@ from checkpoints import (
     to_int4,
     write,
 )
+from transformers_k2 import KimiK2ForCausalLM
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensors": {"tp_size": 2},
@@ -47,6 +48,7 @@ def run_rank(rank: int, folder: Path, ids: torch.Tensor) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 folder / codec, dtype=torch.float32, distributed_config=DistributedConfig(**sizes)
             )
+            assert isinstance(model, KimiK2ForCausalLM)  # FSDP makes a subclass of it
             with torch.no_grad():
                 logits = model(ids, use_cache=False).logits
             parts = [(name, value) for name, value in model.named_parameters() if ".experts." in name]
