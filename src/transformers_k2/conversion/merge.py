@@ -156,7 +156,7 @@ class _Product:
                 number = bisect_right(self.ends, start)
                 self.start = self.ends[number - 1] if number else 0
                 b = self.lora.b[self.start : self.ends[number]].float()
-                self.block = b @ self.lora.a.float() * self.lora.scaling
+                self.block = (b @ self.lora.a.float()).mul_(self.lora.scaling)
             last = min(stop, self.start + len(self.block))
             parts.append(self.block[start - self.start : last - self.start])
             start = last

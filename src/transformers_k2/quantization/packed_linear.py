@@ -1,6 +1,7 @@
-"""Products with INT4 weights that stay packed, on a CPU: ATen's kernel for few rows, bands of weights for many.
+"""Products with INT4 weights that stay packed, by torch's own operations: ATen's CPU kernel for few rows, bands for many.
 
-`linear` reads four bits a weight, so with a row or a few it is faster than any product with bfloat16 weights.
+Few rows are cpu_kernel.py's where a C compiler is; `linear` is for the machines without: it reads four bits a weight, so
+with a row or a few it is still faster than a product with bfloat16 weights.
 `linear_dequantized` dequantises a band of weights at a time into a buffer that stays in the cache, and multiplies it by
 all rows; it takes the hub's form and the kernel's, and neither is ever dequantised whole. `linear_transposed` is the same
 for gradients. `threshold` says from how many rows on the second way is faster.
