@@ -6,8 +6,9 @@ pass dequantises again what it needs, band by band, so that the output of the ga
 a layer keeps.
 
 Parameters have the hub's form, which our own CPU kernel reads, or, on a CPU without a compiler and after
-`use_kernel_form`, that of ATen's kernel; which of them is told by their dtype. State dicts, other devices and other processes see the hub's form only. Given up: kernels for other
-devices (they dequantise band by band), and training of the weights themselves (qat.py has that).
+`use_kernel_form`, that of ATen's kernel; which of them is told by their dtype. State dicts, other devices and other
+processes see the hub's form only. Given up: kernels for other devices (they dequantise band by band), and training of the
+weights themselves (qat.py has that).
 """
 
 from __future__ import annotations
