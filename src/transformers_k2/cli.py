@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -227,6 +228,121 @@ Overwrite = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 
+Memory = Annotated[
+    str, typer.Option(help="What the work may take beside Python itself: 512MB, 2GB.", metavar="SIZE")
+]
+
+
+@app.command("convert", no_args_is_help=True)
+def convert_command(
+    src: Annotated[
+        str,
+        typer.Argument(help="A checkpoint folder, or a .safetensors file with its config.json beside it."),
+    ],
+    dst: Destination,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="A layout: hub_bf16, hub_fp8, hub_int4, k25_int4, transformers_fused, deepseek_inference, megatron, "
+            "torchtitan, mlx; the files in conversion/."
+        ),
+    ],
+    codec: Annotated[
+        str | None,
+        typer.Option(help="bf16, fp8, int4 or affine. Default: the source's if the layout holds it."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32, of what is not quantised. Default: as it is."),
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale, for INT4.")] = 32,
+    convention: Annotated[
+        str, typer.Option(help="Of INT4: kimi (amax / 7, as K2's own) or compressed_tensors (amax / 7.5).")
+    ] = "kimi",
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover", help="Weights were dequantised: find their codes and scales, or fail; round nothing."
+        ),
+    ] = False,
+    layout: Annotated[str | None, typer.Option(help="Layout of SRC, if its names should not decide.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="config.json or a name in configs/, if SRC has none.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Model-parallel ranks, for layouts with a file for each.")] = 1,
+    shard_bytes: ShardBytes = 5 * 10**9,
+    memory: Memory = "512MB",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint in another layout; that of SRC is recognised by its names.
+
+    Streams: a terabyte needs no more memory than a gigabyte, and no GPU. All is checked before the first byte is
+    written; repeated after an interruption, it goes on. Under `accelerate launch` each process writes some of the files.
+
+    Examples:
+
+      k2 convert Kimi-K2-Instruct kimi-bf16 --to hub_bf16
+
+      k2 convert Kimi-K2-Thinking kimi-mlx --to mlx --dry-run
+
+      k2 convert DeepSeek-V3 v3-mp16 --to deepseek_inference --ranks 16
+    """
+    from .conversion import convert
+
+    summary = convert(
+        src,
+        dst,
+        to,
+        codec=codec,
+        dtype=dtype,
+        group_size=group_size,
+        convention=convention,
+        recover=recover,
+        layout=layout,
+        config=config,
+        num_ranks=ranks,
+        shard_bytes=shard_bytes,
+        memory=_num_bytes(memory),
+        dry_run=dry_run,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    typer.echo(summary.text(dst, dry_run))
+
+
+@app.command("verify", no_args_is_help=True)
+def verify_command(
+    a: Annotated[Path, typer.Argument(help="A checkpoint of any layout.")],
+    b: Annotated[Path | None, typer.Argument(help="Another, of any layout, to be compared with it.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="config.json or a name in configs/, if there is none beside the weights."),
+    ] = None,
+    memory: Memory = "512MB",
+    quiet: Quiet = False,
+) -> None:
+    """Read every number of a checkpoint, or compare two of any layouts; exit code 1 if something is wrong.
+
+    One: complete and in shape by its config.json, finite, and with the checksums that its conversion left. Two: the same
+    weights, tensor by tensor; where one is of a coarser form, whether it is the other, rounded.
+
+    Examples:
+
+      k2 verify kimi-bf16
+
+      k2 verify Kimi-K2-Instruct kimi-bf16
+    """
+    from .conversion import verify
+
+    verdict = verify(a, b, config=config, memory=_num_bytes(memory), quiet=quiet)
+    for line in verdict.lines():
+        typer.echo(line)
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
 @app.command("quantize", no_args_is_help=True)
 def quantize_command(
     src: Annotated[Path, typer.Argument(help="A checkpoint folder in bf16, fp32 or FP8.")],
@@ -340,6 +456,26 @@ def adapter_command(
             "`k2 merge` does.",
             err=True,
         )
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
+
+
+def _num_bytes(size: str) -> int:
+    """512MB as a number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"size is {size!r}: expected a number of bytes, as 512MB or 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

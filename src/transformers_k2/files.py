@@ -17,18 +17,28 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name in the folder of `path` for what will take its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush a file to the disk and give it its name."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`; what was written there takes its place: fsync, rename."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -25,7 +25,8 @@ from transformers.utils import cached_file, logging
 from . import quantization_choice
 from .checkpoint import Checkpoint, check_index
 from .configuration_kimi_k2 import KimiK2Config
-from .lazy_weights import OpenFiles, is_coded, lazy_weights, read_headers
+from .lazy_tensors import OpenFiles
+from .lazy_weights import is_coded, lazy_weights, read_headers
 from .preflight import compare
 from .quantization.hf_quantizer import PackedQuantizer
 from .quantization_choice import reading

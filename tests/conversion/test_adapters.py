@@ -24,7 +24,7 @@ import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2 import KimiK2ForCausalLM
 from transformers_k2.cli import app
-from transformers_k2.conversion import export_adapter, merge, merge_adapter, quantize, stored
+from transformers_k2.conversion import engine, export_adapter, merge, merge_adapter, quantize
 from transformers_k2.conversion.adapters import Lora, open_adapter
 
 pytestmark = [
@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "_BAND", 256 * 20)
+    monkeypatch.setattr(engine, "_UNIT", 256 * 20)
 
 
 @pytest.fixture(scope="module")
@@ -419,8 +419,8 @@ def test_destinations(make: Make, base: Path, tmp_path: Path) -> None:
     export_adapter(folder, tmp_path / "dst", overwrite=True)
     with pytest.raises(ValueError, match="is not INT4: expected to='bf16'"):
         merge_adapter(base, folder, tmp_path / "merged", to="int4")
-    with pytest.raises(ValueError, match="to is 'fp8': expected one of bf16, int4"):
-        merge_adapter(base, folder, tmp_path / "merged", to="fp8")
+    with pytest.raises(ValueError, match="to is 'fp4': expected one of bf16, fp8, int4"):
+        merge_adapter(base, folder, tmp_path / "merged", to="fp4")
 
 
 def test_an_adapter_of_a_model_with_fewer_experts(make: Make, base: Path, tmp_path: Path) -> None:
@@ -475,4 +475,4 @@ def test_products_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 6, 7, 20, 50):
         rows = torch.cat([product.rows(start, min(start + step, 50)) for start in range(0, 50, step)])
         torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
-    assert len(product.block) == 0
+    assert len(product.blocks) <= merge._KEPT

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2.cli import app
-from transformers_k2.conversion import inspect, quantize, stored
+from transformers_k2.conversion import engine, inspect, quantize
 from transformers_k2.manifest import expected_tensors
 from transformers_k2.quantization import int4
 
@@ -37,7 +37,7 @@ def plain(stock: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of a few rows, as real matrices have."""
-    monkeypatch.setattr(stored, "_BAND", 256 * 20)
+    monkeypatch.setattr(engine, "_UNIT", 256 * 20)
 
 
 def library(folder: Path, expected: dict[str, Tensor]) -> None:
@@ -74,6 +74,7 @@ def test_bf16(tmp_path: Path, plain: dict[str, Tensor]) -> None:
     assert names == {
         *(
             "config.json",
+            "conversion.json",
             "model.safetensors",
             "tokenizer_config.json",
             "chat_template.jinja",
@@ -242,11 +243,11 @@ def test_other_modules(tmp_path: Path, plain: dict[str, Tensor]) -> None:
         ({"convention": "gptq"}, "convention is 'gptq': expected one of kimi, compressed_tensors"),
         (
             {"modules": ["experts"]},
-            "'experts', which matches no weight: expected one for whole names such as lm_head",
+            "'experts', which matches no linear module: expected one for whole names such as lm_head",
         ),
         (
             {"modules": [r".*mlp\.gate"]},
-            r"which matches model\.layers\.1\.mlp\.gate\.weight: expected linear modules",
+            "which matches no linear module: expected one for whole names",
         ),
         ({"modules": []}, "modules is empty"),
         ({"modules": ["("]}, "expected a regular expression"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from ..manifest import count_parameters, expected_tensors
 from .adapter_export import export_adapter
+from .convert import convert
 from .inspection import inspect
 from .merge import merge_adapter
 from .quantize import quantize
 from .report import Problem, Report, render
+from .verify import verify
 
 __all__ = [
     "Problem",
     "Report",
+    "convert",
     "count_parameters",
     "expected_tensors",
     "export_adapter",
@@ -19,4 +22,5 @@ __all__ = [
     "merge_adapter",
     "quantize",
     "render",
+    "verify",
 ]

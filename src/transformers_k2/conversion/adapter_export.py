@@ -27,11 +27,13 @@ from torch import Tensor
 
 from ..checkpoint import TensorInfo
 from ..files import replacing, write_text
+from ..lazy_tensors import DTYPES
 from .adapters import (
     CONFIG,
     EXPERT,
     METADATA,
     PREFIX,
+    PROJECTIONS,
     WEIGHTS,
     Adapter,
     Lora,
@@ -40,9 +42,9 @@ from .adapters import (
     open_adapter,
     rank_and_alpha,
 )
+from .engine import Spec, header, write_at
+from .opened import side_files
 from .staging import full_disk
-from .stored import DTYPES, PROJECTIONS, side_files
-from .stream import Spec, header, write_at
 
 FORMS = ("serving", "peft")
 _FUSED_OF = {projection: fused for fused, parts in PROJECTIONS.items() for projection in parts}

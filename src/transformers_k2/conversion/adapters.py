@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, TensorInfo, file_inside, read_json
+from ..lazy_tensors import DTYPES
 from ..manifest import WRAPPER_PREFIX
-from .stored import DTYPES, PROJECTIONS
 
+# Fused parameter -> the projections in it, in the order in which transformers concatenates them.
+PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # In the header of a serving file: the adapter_config.json it came from.

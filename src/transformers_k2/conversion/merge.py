@@ -4,41 +4,38 @@ The sums are PEFT's `merge_and_unload` of the model in bfloat16, bit for bit: B 
 modules the weight is added in float32 and rounded once, on parameters (experts, router) the update is rounded to the
 weight's dtype before it is added, and the sum again.
 
-Packed experts that are touched are decoded to bfloat16, merged, and quantised from that sum: the result equals merging to
-bfloat16 and quantising then. Rounding to the grid takes most of a small update away again; with `to="bf16"` nothing is lost.
+Quantised weights that are touched are decoded to bfloat16, merged, and quantised from that sum: the result equals merging
+to bfloat16 and quantising then. Rounding to a grid takes most of a small update away again; with `to="bf16"` nothing is
+lost.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..manifest import base_dtype, split_config
+from ..lazy_tensors import LazyTensor, OpenFiles, Region
+from ..manifest import base_dtype
 from ..quantization import int4
+from . import layout as layouts
 from .adapters import CONFIG, WEIGHTS, Adapter, Lora, open_adapter
-from .quantize import dense_task, packed_task, reader
+from .convert import Coding, Output, Summary, write_model
+from .engine import MEMORY, SHARD_BYTES
+from .opened import Model, open_model
 from .staging import check_destination
-from .stored import Weight, new_config, open_model, side_files, weights_of
-from .stream import (
-    SHARD_BYTES,
-    Source,
-    Summary,
-    Task,
-    copy,
-    plan_summary,
-    write_checkpoint,
-)
+from .weights import Weight
 
-TARGETS = ("bf16", "int4")
+TARGETS = ("bf16", "fp8", "int4")
 _AT_ONCE = 1 << 24  # entries of a product: 64 MB
+_KEPT = 2  # products of one matrix that are held
 
 
 def merge_adapter(
@@ -48,16 +45,18 @@ def merge_adapter(
     *,
     to: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    memory: int = MEMORY,
     dry_run: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Summary:
-    """Write `src` with a LoRA merged into it to `dst`.
+    """Write `src` with a LoRA merged into it to `dst`, in the hub's layout.
 
     Args:
-        src: a hub checkpoint in bf16 (or fp32), FP8 blocks or INT4, or with transformers' fused experts.
+        src: a checkpoint of any layout in bf16 (or fp32), FP8 blocks or INT4.
         adapter: a PEFT LoRA folder, with fused or per-expert matrices (see adapters.py).
-        to: "bf16", "int4" (only from INT4, on Kimi's grid), or None: as the source, and bf16 from FP8.
+        to: "bf16", "fp8" or "int4" (only from that form), or None: as the source, and bf16 from FP8.
+        memory: bytes that the work may take beside Python and its libraries.
 
     Returns:
         Tensors, bytes and shards written, or to be written.
@@ -73,66 +72,56 @@ def merge_adapter(
         )
     check_destination(src, dst, overwrite)
     opened = open_adapter(adapter)
-    checkpoint, config = open_model(src)
-    with Source(checkpoint) as source:
-        weights, others = weights_of(checkpoint, config)
-        _check_fit(opened, weights, src)
-        forms = {weight.form for weight in weights.values()}
-        if to == "int4" and "int4" not in forms:
-            raise ValueError(f"{src} is not INT4: expected to='bf16'; `k2 quantize` packs the result.")
-        text, _ = split_config(config)
-        if to == "bf16" and (dtype := base_dtype(text)) != "BF16":
+    output = Output(shard_bytes, memory, 1, dry_run, overwrite, quiet)
+    with OpenFiles() as files:
+        model = open_model(src, files)
+        check_fit(opened, model, src)
+        form = "int4" if model.codec == "affine" else model.codec
+        if to in ("int4", "fp8") and to != form:
+            raise ValueError(
+                f"{src} is not {to.upper()}: expected to='bf16'; `k2 convert` quantises the result."
+            )
+        if to == "bf16" and (dtype := base_dtype(model.text)) != "BF16":
             raise ValueError(f"{src} is {dtype}: expected to=None, which keeps that.")
-        keep = to != "bf16" and "int4" in forms
-        tasks = [
-            task
-            for weight in weights.values()
-            for task in _tasks(source, weight, opened.loras.get(weight.module), keep)
-        ]
-        tasks += map(copy, others)
-        if dry_run:
-            return plan_summary(tasks, shard_bytes)
-        quantization = text.get("quantization_config") if keep else None
-        changed = {"fp8", "int4"} & forms and not keep
-        dtype = "bfloat16" if changed else str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
-        content = json.dumps(new_config(config, quantization, dtype), indent=2) + "\n"
-        return write_checkpoint(
-            tasks,
-            source,
-            dst,
-            options={"command": "merge", "to": to, "adapter": _identity(opened)},
-            files={**side_files(src), "config.json": content.encode()},
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-            quiet=quiet,
-        )
+        codec = to or ("int4" if form == "int4" else "bf16")
+        coded = sorted(model.coded & opened.loras.keys())
+        coding = Coding(codec, model.group_size or int4.GROUP_SIZE, modules=lambda linear: coded)
+        layout = layouts.load(f"hub_{codec}")
+        if model.layout.startswith("k25"):
+            layout = replace(layouts.load("k25_int4"), codecs=layout.codecs)
+        layout = replace(layout, dtype=None)
+        options = {"command": "merge", "to": to, "adapter": _identity(opened)}
+        return write_model(merged(model, opened), dst, layout, coding, output, files, options)
 
 
-def _tasks(source: Source, weight: Weight, lora: Lora | None, keep: bool) -> list[Task]:
-    read = reader(source, weight)
-    if lora is None:
-        if weight.form == "plain" or (weight.form == "int4" and keep):
-            return [copy(info) for info in weight.parts.values()]
-        return [dense_task(weight, read, weight.dtype)]
-    merged = _merged(read, lora)
-    if weight.form == "int4" and keep:
-        group_size = weight.shape[1] // weight.parts["weight_scale"].shape[1]
-        return [packed_task(weight, merged, group_size, int4.quantize)]
-    return [dense_task(weight, merged, weight.dtype)]
+def merged(model: Model, adapter: Adapter, sign: float = 1.0) -> Model:
+    """The model with the adapter's products added (`sign` 1) or taken away (-1)."""
+
+    def read(name: str) -> Weight:
+        weight = model.read(name)
+        lora = adapter.loras.get(weight.module) if name.endswith(".weight") else None
+        if lora is None:
+            return weight
+        return Weight(name, "bf16", {"weight": _Merged(weight.values(), lora, sign)})
+
+    return replace(model, read=read)
 
 
-def _merged(read: Callable[[int, int], Tensor], lora: Lora) -> Callable[[int, int], Tensor]:
-    """(start, stop) -> rows of the sum, in the dtype of the weight."""
-    product = _Product(lora)
+class _Merged(LazyTensor):
+    """Rows of the sum, in the dtype of the weight."""
 
-    def rows(start: int, stop: int) -> Tensor:
-        weight = read(start, stop)
-        update = product.rows(start, stop)
-        if lora.on_parameter:
-            return weight + update.to(weight.dtype)
-        return (weight + update).to(weight.dtype)
+    def __init__(self, weight: LazyTensor, lora: Lora, sign: float) -> None:
+        self.weight, self.lora, self.product = weight, lora, _Product(lora, sign)
+        self.shape, self.dtype = weight.shape, weight.dtype
 
-    return rows
+    def fill(self, place: Tensor, region: Region) -> None:
+        rows, columns = region
+        self.weight.fill(place, region)
+        update = self.product.rows(rows.start, rows.stop)[:, columns]
+        if self.lora.on_parameter:
+            place.add_(update.to(place.dtype))
+        else:
+            place.copy_(place + update)
 
 
 class _Product:
@@ -142,32 +131,41 @@ class _Product:
     few rows in another order than those of many, and the bits are to be PEFT's.
     """
 
-    def __init__(self, lora: Lora) -> None:
-        self.lora = lora
+    def __init__(self, lora: Lora, sign: float = 1.0) -> None:
+        self.lora, self.sign = lora, sign
         num_rows = len(lora.b)
         num_blocks = max(1, min(num_rows, -(-num_rows * lora.a.shape[1] // _AT_ONCE)))
         self.ends = [number * num_rows // num_blocks for number in range(1, num_blocks + 1)]
-        self.start, self.block = 0, torch.empty(0)
+        self.lock = threading.Lock()  # several threads ask for rows of one matrix
+        self.blocks: dict[int, Tensor] = {}
 
     def rows(self, start: int, stop: int) -> Tensor:
         parts = []
         while start < stop:
-            if not self.start <= start < self.start + len(self.block):
-                number = bisect_right(self.ends, start)
-                self.start = self.ends[number - 1] if number else 0
-                b = self.lora.b[self.start : self.ends[number]].float()
-                self.block = (b @ self.lora.a.float()).mul_(self.lora.scaling)
-            last = min(stop, self.start + len(self.block))
-            parts.append(self.block[start - self.start : last - self.start])
+            number = bisect_right(self.ends, start)
+            first = self.ends[number - 1] if number else 0
+            last = min(stop, self.ends[number])
+            parts.append(self._block(number, first)[start - first : last - first])
             start = last
-        if stop == self.ends[-1]:
-            self.block = torch.empty(0)  # the plan outlives its tasks
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _block(self, number: int, first: int) -> Tensor:
+        with self.lock:
+            if number not in self.blocks:
+                while len(self.blocks) >= _KEPT:
+                    del self.blocks[min(self.blocks)]
+                b = self.lora.b[first : self.ends[number]].float()
+                self.blocks[number] = (b @ self.lora.a.float()).mul_(self.sign * self.lora.scaling)
+            return self.blocks[number]
 
-def _check_fit(adapter: Adapter, weights: Mapping[str, Weight], src: Path) -> None:
+
+def check_fit(adapter: Adapter, model: Model, src: Path) -> None:
     """Every pair has its matrix, of its shape, and the matrix no second one."""
-    modules = {weight.module: weight for weight in weights.values()}
+    modules = {
+        name.removesuffix(".weight"): shape
+        for name, shape in model.names.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
     if lost := [module for module in adapter.loras if module not in modules]:
         raise ValueError(
             f"{adapter.folder} adapts {lost[0]}, which {src} lacks ({len(lost)} of {len(adapter.loras)} modules): expected "
@@ -175,12 +173,12 @@ def _check_fit(adapter: Adapter, weights: Mapping[str, Weight], src: Path) -> No
         )
     for module, lora in adapter.loras.items():
         shape = (lora.b.shape[0], lora.a.shape[1])
-        if modules[module].shape != shape:
+        if modules[module] != shape:
             raise ValueError(
-                f"{module} is {list(modules[module].shape)} in {src}, but the adapter's product is {list(shape)}: expected "
+                f"{module} is {list(modules[module])} in {src}, but the adapter's product is {list(shape)}: expected "
                 "an adapter of this model."
             )
-        if modules[module].name.endswith("embed_tokens.weight"):
+        if module.endswith("embed_tokens"):
             raise ValueError(f"{module} is an embedding: expected LoRA on linear modules and experts.")
     if adapter.form == "peft":  # one pair for all experts of a layer: as many as the layer has
         ours, theirs = (Counter(map(_projection, names)) for names in (adapter.loras, modules))

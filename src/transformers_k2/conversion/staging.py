@@ -8,21 +8,24 @@ makes a folder a checkpoint comes last.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import INDEX_SUFFIX, Checkpoint, scan
+from ..checkpoint import INDEX_SUFFIX, CheckpointError
 from ..files import replacing, sync, write_text
 
 INDEX = f"model{INDEX_SUFFIX}"
 SINGLE = "model.safetensors"
 STAGING = ".unfinished"
-_RUN, _PUBLISHING, _OLD_REMOVED = "run.json", "publishing", "old_removed"
+_RUN, _PUBLISHING, _OLD_REMOVED, _LOCK = "run.json", "publishing", "old_removed", "lock"
+_PATIENCE = 600  # seconds that a process waits for the first
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -45,14 +48,28 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         )
 
 
-def open_staging(staging: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """The folder of unfinished shards, new or of an earlier run of the same source and options."""
+def open_staging(staging: Path, run: dict[str, Any], overwrite: bool, rank: int) -> None:
+    """The folder of unfinished shards, new or of an earlier run of the same source and options.
+
+    The first of several processes makes it; the others wait for that.
+
+    Raises:
+        ValueError: a run of another source or with other options, or the first process did not come.
+    """
     record = staging / _RUN
+    if rank:
+        limit = time.monotonic() + _PATIENCE
+        while not record.exists() or json.loads(record.read_text(encoding="utf-8")) != run:
+            if time.monotonic() > limit:
+                raise ValueError(
+                    f"{staging} was not opened by process 0 within {_PATIENCE} seconds: expected all processes to be "
+                    "started with the same arguments on a file system that they share."
+                )
+            time.sleep(0.1)
+        return
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         if before == run:
-            for path in staging.glob(".*.tmp"):  # of a run that was killed
-                path.unlink()
             return
         if not overwrite:
             told = [f"{one['options']} of {one['source']['folder']}" for one in (before, run)]
@@ -67,16 +84,44 @@ def open_staging(staging: Path, run: dict[str, Any], overwrite: bool) -> None:
     write_text(record, json.dumps(run))
 
 
+@contextmanager
+def locked(staging: Path, rank: int) -> Iterator[None]:
+    """No second process does the same work.
+
+    Raises:
+        ValueError: one does.
+    """
+    with (staging / f"{_LOCK}.{rank}").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise ValueError(
+                f"{staging.parent} is being written by another process: expected to be the only one."
+            ) from None
+        yield
+
+
 def is_complete(staging: Path) -> bool:
     """Whether all shards were finished, and the run was interrupted while they were moved."""
     return (staging / _PUBLISHING).exists()
 
 
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+def fingerprint(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
     """What tells whether the source is still the same."""
-    files = sorted(checkpoint.shards)
-    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return {"folder": str(checkpoint.folder.resolve()), "files": sizes}
+    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)]
+    return {"folder": str(folder.resolve()), "files": sizes}
+
+
+def check_finished(folder: Path) -> None:
+    """Raises: CheckpointError: a conversion into this folder was cut short."""
+    staging = folder / STAGING
+    holds_weights = (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
+    if staging.exists() and (is_complete(staging) or not holds_weights):
+        raise CheckpointError(
+            f"{folder} holds an unfinished conversion: expected a checkpoint; repeat its command to finish it."
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -89,12 +134,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def nothing_left_of_nothing(staging: Path, shards: Iterable[str]) -> Iterator[None]:
+def nothing_left_of_nothing(staging: Path, shards: Iterable[str], num_processes: int = 1) -> Iterator[None]:
     """A run that fails before its first shard is finished leaves no folder: there is nothing to go on with."""
     try:
         yield
     except BaseException:
-        if not any((staging / name).exists() for name in shards):
+        if num_processes == 1 and not any((staging / name).exists() for name in shards):
             shutil.rmtree(staging)
             if not any(staging.parent.iterdir()):
                 staging.parent.rmdir()
@@ -129,9 +174,8 @@ def publish(
     sync(staging)
     if not (staging / _OLD_REMOVED).exists():
         (destination / INDEX).unlink(missing_ok=True)  # from here on the old checkpoint is none
-        for path in scan(destination).checkpoint.shards:
-            if path.name.startswith("model"):
-                path.unlink()
+        for path in destination.glob("model*.safetensors"):
+            path.unlink()
         (staging / _OLD_REMOVED).touch()
         sync(staging)
     for name, content in files.items():

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..configuration_kimi_k2 import KimiK2Config
-from ..lazy_weights import OpenFiles, lazy_weights
+from ..lazy_tensors import OpenFiles
+from ..lazy_weights import lazy_weights
 from ..manifest import WRAPPER_PREFIX
 
 _BLOCK = 1024  # rows of a matrix that share a seed: fewer seeds than rows, and little drawn in vain

@@ -36,8 +36,9 @@ def decode(
     scale: Float[Tensor, "out groups"],
     dtype: torch.dtype,
     shape: Int[Tensor, 2] | None = None,
+    out: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """The weight in `dtype` [out, in]: code * scale in float32, rounded once (equal to a bf16 multiply for bf16).
+    """The weight in `dtype` [out, in], code * scale in float32 and rounded once: for bf16, its own multiply; into `out`.
 
     Raises:
         ValueError: `shape` does not fit `packed`, or the groups do not divide the input width.
@@ -54,7 +55,8 @@ def decode(
         raise ValueError(
             f"INT4 weight_scale {list(scale.shape)} does not divide a [{out_features}, {in_features}] weight into groups."
         )
-    out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
+    if out is None:
+        out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
     num_rows = max(32, _BAND // in_features)
     for start in range(0, rows, num_rows):  # a band of rows at a time: the intermediate copies stay in cache
         band = slice(start, start + num_rows)

@@ -1,0 +1,493 @@
+"""A checkpoint of any layout, opened as the model it holds: canonical names, each with its weight, nothing read yet.
+
+The layout follows from the names (and is checked against config.json): every tensor of the model must be there, in its
+shape, and every tensor that is there must be one of the model's, or on the layout's drop list, or an extra that K2.5 has
+beside its language model. Anything else is an error that lists it before a byte is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import (
+    INDEX_SUFFIX,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    check_index,
+    file_inside,
+    no_collector,
+    read_header,
+    read_json,
+)
+from ..lazy_tensors import DTYPES, Cat, Constant, LazyTensor, OpenFiles, Stored
+from ..manifest import (
+    WRAPPER_EXTRAS,
+    WRAPPER_PREFIX,
+    expected_tensors,
+    optional_tensors,
+    quantization_of,
+    split_config,
+)
+from ..quantization.codecs import int4_pack
+from . import layout as layouts
+from .arrange import Heads, backward
+from .engine import RECORD
+from .layout import PARTS, Group, Layout, Shape
+from .report import fold
+from .staging import check_finished
+from .weights import FLOATS, Weight
+
+CONFIG = "config.json"
+# What stands beside weights and is safe to copy: no code, no pickles.
+_SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+_SIDE_NAMES = ("LICENSE", "NOTICE")
+_NOT_COPIED = (CONFIG, "adapter_config.json", RECORD)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a checkpoint holds.
+
+    Attributes:
+        config: its config.json.
+        text: the language model's part.
+        layout: the name of the layout it was found in.
+        codec: how its quantised weights are stored; "bf16" if none is.
+        names: the canonical name of every tensor -> its shape, in layer order.
+        read: canonical name -> its weight.
+        extras: tensors beside the language model, by their names in the file.
+        dropped: (what, why, how many) that is left out.
+        coded: the modules whose weights are quantised.
+        group_size: inputs that share a scale, if those are INT4.
+        folder: where its files are; what else is there may be copied.
+        files: that hold weights.
+    """
+
+    config: Mapping[str, Any]
+    text: Mapping[str, Any]
+    layout: str
+    codec: str
+    names: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Weight]
+    extras: Mapping[str, TensorInfo] = field(default_factory=dict)
+    dropped: tuple[tuple[str, str, int], ...] = ()
+    coded: frozenset[str] = frozenset()
+    group_size: int = 0
+    folder: Path = Path()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        """What names depend on."""
+        return Shape.of(self.text)
+
+    @property
+    def heads(self) -> Heads:
+        """Of the attention."""
+        return Heads.of(self.text)
+
+
+class Promised(LazyTensor):
+    """A tensor known by name, whose file is not here yet: for plans."""
+
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        self.shape, self.dtype = tuple(shape), DTYPES[dtype]
+
+    def fill(self, place: torch.Tensor, region: tuple[slice, ...]) -> None:
+        raise AssertionError("a plan made from names alone cannot be carried out")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Tensors by name; of a layout with model-parallel ranks, one of each name a rank."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo | None]
+    ranks: Sequence[Mapping[str, TensorInfo]]
+    files: tuple[Path, ...]
+    layout: str | None = None  # that the files' names prove
+
+
+@no_collector()
+def open_model(
+    path: str | Path,
+    files: OpenFiles,
+    *,
+    layout: str | None = None,
+    config: str | Path | None = None,
+    names_only: bool = False,
+) -> Model:
+    """The model in a checkpoint.
+
+    Args:
+        path: a folder, a .safetensors file with a config.json beside it, or an index (names only).
+        files: open while weights are read.
+        layout: of conversion/*.yaml, instead of the one that the names show.
+        config: of the model, if none stands beside the weights.
+        names_only: take names from the index and shapes from the config; weights cannot be read then.
+
+    Raises:
+        ValueError: no such checkpoint or a broken file; no config; tensors that are missing, of another shape, or that
+            nothing claims.
+    """
+    path = Path(path)
+    found = _names_of(path) if names_only or path.name.endswith(INDEX_SUFFIX) else _files_of(path)
+    loaded = _config_of(found.folder, config)
+    text, wrapper = split_config(loaded)
+    names = found.tensors
+    chosen = layouts.load(layout) if layout else _detect(names, found.layout)
+    if wrapper and chosen.config != "k25" and chosen.hub_names and any(map(_wrapped, names)):
+        raise CheckpointError(
+            f"{found.folder} has names under {WRAPPER_PREFIX!r}: expected layout k25_int4, not {chosen.name}."
+        )
+    if bool(wrapper) != (chosen.config == "k25"):
+        told = f"begin with {WRAPPER_PREFIX!r}" if chosen.config == "k25" else "have no prefix"
+        has = "a" if wrapper else "no"
+        raise CheckpointError(f"{found.folder}: the names {told}, but config.json has {has} text_config.")
+    return _Opening(found, files, chosen, loaded, text).model()
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """Tokenizer, templates, generation config, licence: what to copy along; neither code nor pickles nor links away."""
+    if not folder.is_dir():
+        return {}
+    return {
+        path.name: file_inside(folder, path.name)
+        for path in sorted(folder.iterdir())
+        if (path.suffix in _SIDE_SUFFIXES or (path.name.startswith(_SIDE_NAMES) and not path.suffix))
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.name not in _NOT_COPIED
+    }
+
+
+class _Opening:
+    """The work of `open_model`: claim every tensor, prove every shape."""
+
+    def __init__(
+        self, found: _Files, files: OpenFiles, layout: Layout, config: dict[str, Any], text: dict[str, Any]
+    ) -> None:
+        self.found, self.files, self.layout, self.config, self.text = found, files, layout, config, text
+        self.heads, self.shape = Heads.of(text), Shape.of(text)
+        self.block = _block(text)
+        self.promised = None in found.tensors.values()
+        self.groups: dict[str, tuple[Group, int]] = {}
+        self.codecs: dict[tuple[str, ...], str] = {}
+        self.claimed: set[str] = set()
+
+    def model(self) -> Model:
+        self.expected = expected_tensors(dict(self.text) | {"quantization_config": None}, "none")
+        if self.layout.mtp is None or not self._any_mtp():
+            self.text = dict(self.text) | {"num_nextn_predict_layers": 0}
+            self.expected = expected_tensors(self.text | {"quantization_config": None}, "none")
+        missing: list[str] = []
+        for group in self.layout.groups(self.expected, self.shape):
+            if (here := self._claim(group)) is None:
+                missing += group.here
+                continue
+            for position, member in enumerate(group.members):
+                self.groups[member] = (here, position)
+        if missing:
+            raise CheckpointError(
+                f"{self.found.folder} ({self.layout.name}) lacks {_told(missing)} of the model that config.json describes."
+            )
+        extras, dropped = self._leftovers()
+        if not self.promised:
+            self._check_shapes()
+        used = set(self.codecs.values()) - {"bf16"}
+        if len(used) > 1:
+            raise CheckpointError(
+                f"{self.found.folder} holds weights in {' and '.join(sorted(used))}: expected one quantised form."
+            )
+        coded = frozenset(
+            name.removesuffix(".weight")
+            for name, (group, _) in self.groups.items()
+            if group.here in self.codecs
+        )
+        codec = used.pop() if used else "bf16"
+        packed = codec in ("int4", "affine")
+        return Model(
+            config=self.config,
+            text=self.text,
+            layout=self.layout.name,
+            codec=codec,
+            names={name: shape for name, (shape, _) in self.expected.items()},
+            read=self._weight,
+            extras=extras,
+            dropped=dropped,
+            coded=coded,
+            group_size=self._weight(f"{min(coded)}.weight").group_size if packed else 0,
+            folder=self.found.folder,
+            files=self.found.files,
+        )
+
+    def _any_mtp(self) -> bool:
+        """Whether tensors of MTP layers are there, as far as the layout has any."""
+        if not self.text.get("num_nextn_predict_layers"):
+            return False
+        beyond = [name for name in self.expected if _layer(name) >= self.shape.num_layers]
+        return any(
+            name in self.found.tensors
+            for group in self.layout.groups(beyond, self.shape)
+            for name in group.here
+        )
+
+    def _claim(self, group: Group) -> Group | None:
+        """The group in the spelling that is there, its names claimed; None if it is not there."""
+        names = self.found.tensors
+        for spelling in (group.here, *group.also):
+            there = group._replace(here=spelling)
+            codec = self._codec(spelling[0]) if group.row.op is None else None
+            if codec is not None:
+                parts = [self.layout.part(spelling[0], local) for local in PARTS[codec]]
+                self.claimed.update(part for part in parts if part in names)
+            elif all(name in names for name in spelling):
+                codec = "bf16"
+                self.claimed.update(spelling)
+            else:
+                continue
+            if codec != "bf16":
+                self.codecs[spelling] = codec
+            return there
+        return None
+
+    def _codec(self, name: str) -> str | None:
+        """How the weight `name` is quantised here; None if it is not."""
+        names, part = self.found.tensors, self.layout.part
+        if "weight" not in name.rpartition(".")[2]:
+            return None
+        for codec in ("int4", "fp8", "affine"):
+            needed = [local for local in PARTS[codec] if local != "weight_shape"]
+            own = [local for local in needed if local != "weight"]
+            there = [local for local in own if part(name, local) in names]
+            if not there or (codec == "affine" and "affine" not in self.layout.codecs):
+                continue
+            if lacking := [part(name, local) for local in needed if part(name, local) not in names]:
+                raise CheckpointError(
+                    f"{self.found.folder} has {part(name, there[0])}, but {lacking[0]} is missing."
+                )
+            return codec
+        return None
+
+    def _leftovers(self) -> tuple[dict[str, TensorInfo], tuple[tuple[str, str, int], ...]]:
+        """Extras and what is dropped; an error if something is neither."""
+        left = [name for name in self.found.tensors if name not in self.claimed]
+        optional = {self.layout.prefix + name for name in optional_tensors(self.text)}
+        drops = [(drop.pattern, drop) for drop in self.layout.drop]
+        extras: dict[str, TensorInfo] = {}
+        dropped: Counter[tuple[str, str]] = Counter()
+        unclaimed = []
+        for name in left:
+            info = self.found.tensors[name]
+            if name.startswith(WRAPPER_EXTRAS) and self.layout.config == "k25":
+                if info is not None:
+                    extras[name] = info
+            elif drop := next((drop for pattern, drop in drops if pattern.fullmatch(name)), None):
+                dropped[drop.name, drop.why] += 1
+            elif name in optional and name.endswith("lm_head.weight"):
+                dropped[name, "the model ties it to the embedding"] += 1
+            else:
+                unclaimed.append(name)
+        if unclaimed:
+            raise CheckpointError(
+                f"{self.found.folder} ({self.layout.name}) holds {_told(unclaimed)} that no row of the layout claims: "
+                "expected the tensors of the model that config.json describes; a drop list can name others."
+            )
+        return extras, tuple((name, why, num) for (name, why), num in dropped.items())
+
+    def _check_shapes(self) -> None:
+        for name, (shape, _) in self.expected.items():
+            group, _ = self.groups[name]
+            try:
+                weight = self._weight(name)
+                values = weight.values("F32") if weight.codec != "bf16" else weight.parts["weight"]
+            except CheckpointError as error:
+                text = str(error)
+                raise CheckpointError(text if text.endswith(".") else f"{group.here[0]}: {text}.") from None
+            if tuple(values.shape) != shape:
+                which = group.here[0] if group.here[0].endswith(name) else f"{name}, from {group.here[0]},"
+                raise CheckpointError(
+                    f"{self.found.folder}: {which} has shape {list(values.shape)}, but config.json asks for {list(shape)}."
+                )
+            if weight.codec == "bf16" and weight.dtype not in FLOATS:
+                alone = " without its scale" if weight.dtype.startswith("F8") else ""
+                raise CheckpointError(
+                    f"{self.found.folder}: {group.here[0]} is {weight.dtype}{alone}: expected one of {', '.join(FLOATS)}."
+                )
+
+    def _weight(self, name: str) -> Weight:
+        group, position = self.groups[name]
+        codec = self.codecs.get(group.here, "bf16")
+        if self.promised:
+            return self._promised_weight(name, codec)
+        if codec == "bf16":
+            here = [self._tensor(one, group) for one in group.here]
+            return Weight(name, codec, {"weight": backward(group, here, position, self.heads)})
+        parts = {}
+        for local in PARTS[codec]:
+            stored = self.layout.part(group.here[0], local)
+            if stored in self.found.tensors and local != "weight_shape":
+                parts[local] = backward(group, [self._tensor(stored, group)], position, self.heads)
+            elif local == "weight_shape" and stored in self.found.tensors:
+                parts[local] = self._tensor(stored, group)
+        return Weight(name, codec, parts, self.block)
+
+    def _tensor(self, name: str, group: Group) -> LazyTensor:
+        if not self.found.ranks:
+            info = self.found.tensors[name]
+            assert info is not None
+            return Stored(info, self.files)
+        held = [Stored(rank[name], self.files) for rank in self.found.ranks if name in rank]
+        if group.row.split in (None, "experts") and not group.row.stacked:
+            return held[0]
+        if len(held) == 1 and group.row.split is None:
+            return held[0]
+        return Cat(held, len(held[0].shape) - 1 if group.row.split == "columns" else 0)
+
+    def _promised_weight(self, name: str, codec: str) -> Weight:
+        shape, dtype = self.expected[name]
+        if codec == "bf16":
+            return Weight(name, codec, {"weight": Promised(shape, dtype)})
+        rows, columns = shape
+        if codec == "fp8":
+            grid = [-(-size // side) for size, side in zip(shape, self.block, strict=True)]
+            parts = {"weight": Promised(shape, "F8_E4M3"), "weight_scale_inv": Promised(grid, "F32")}
+            return Weight(name, codec, parts, self.block)
+        group = quantization_of(self.config).group
+        words, groups = (rows, columns // int4_pack.PER_INT32), (rows, columns // group)
+        if codec == "int4":
+            told = {
+                "weight_packed": Promised(words, "I32"),
+                "weight_scale": Promised(groups, "BF16"),
+                "weight_shape": Constant(torch.tensor(shape, dtype=torch.int32)),
+            }
+            return Weight(name, codec, told)
+        told = {
+            "weight": Promised(words, "U32"),
+            **dict.fromkeys(("scales", "biases"), Promised(groups, "BF16")),
+        }
+        return Weight(name, codec, told)
+
+
+def _detect(names: Iterable[str], proven: str | None) -> Layout:
+    """The layout whose table claims most of the names; of equals the one with the fewest names of its own.
+
+    Raises:
+        CheckpointError: none claims half of them.
+    """
+    if proven is not None:
+        return layouts.load(proven)
+    kinds = Counter(map(layouts.kind_of, names))
+    for extra in [kind for kind in kinds if kind.startswith(WRAPPER_EXTRAS)]:
+        del kinds[extra]
+    suffixes = {kind.rpartition(".")[2] for kind in kinds}
+    codec = "int4" if "weight_packed" in suffixes else "fp8" if "weight_scale_inv" in suffixes else "bf16"
+    scores = []
+    for number, name in enumerate(layouts.names()):
+        layout = layouts.load(name)
+        claimed = layout.kinds()
+        score = sum(num for kind, num in kinds.items() if kind in claimed)
+        scores.append((score, codec in layout.codecs, -len(layout.codecs), -number, layout))
+    best = max(scores, key=lambda one: one[:4])
+    if 2 * best[0] <= kinds.total():
+        examples = ", ".join(entry.pattern for entry in fold(names)[:3])
+        raise CheckpointError(
+            f"No layout claims these names ({examples}, ...): expected one of {', '.join(layouts.names())}."
+        )
+    return best[-1]
+
+
+def _files_of(path: Path) -> _Files:
+    """The tensors in a folder or file, from headers."""
+    if path.is_dir():
+        check_finished(path)
+        for name in layouts.names():
+            layout = layouts.load(name)
+            if layout.files is None:
+                continue
+            if (ranks := _rank_files(path, layout.files)) is not None:
+                headers = [read_header(file)[0] for file in ranks]
+                tensors = {name: info for header in reversed(headers) for name, info in header.items()}
+                return _Files(path, tensors, headers, tuple(ranks), name)
+    checkpoint = Checkpoint.open(path)
+    folder = path if path.is_dir() else path.parent
+    return _Files(folder, checkpoint.tensors, (), tuple(checkpoint.shards))
+
+
+def _rank_files(folder: Path, pattern: str) -> list[Path] | None:
+    """The files of all ranks in order; None if there are none.
+
+    Raises:
+        CheckpointError: some are missing.
+    """
+    text = re.escape(pattern)
+    text = text.replace("<rank>", r"(?P<rank>\d{1,5})").replace("<ranks>", r"(?P<ranks>\d{1,5})")
+    found = [match for path in folder.iterdir() if (match := re.fullmatch(text, path.name))]
+    if not found:
+        return None
+    worlds = {int(match["ranks"]) for match in found}
+    if len(worlds) > 1:
+        raise CheckpointError(
+            f"{folder} holds files of {sorted(worlds)} ranks: expected those of one number."
+        )
+    num_ranks = worlds.pop()
+    by_rank = {int(match["rank"]): folder / match[0] for match in found}
+    if lost := [rank for rank in range(num_ranks) if rank not in by_rank]:
+        wanted = pattern.replace("<rank>", str(lost[0])).replace("<ranks>", str(num_ranks))
+        raise CheckpointError(
+            f"{folder} lacks {wanted} ({len(lost)} of {num_ranks} ranks): expected all of them."
+        )
+    return [file_inside(folder, by_rank[rank].name) for rank in range(num_ranks)]
+
+
+def _names_of(path: Path) -> _Files:
+    """The tensors that an index names."""
+    index = path if path.is_file() else path / f"model{INDEX_SUFFIX}"
+    if not index.is_file():
+        return _files_of(path)
+    weight_map = check_index(read_json(index), None, str(index))
+    return _Files(index.parent, dict.fromkeys(weight_map), (), ())
+
+
+def _config_of(folder: Path, given: str | Path | None) -> dict[str, Any]:
+    if given is not None:
+        from .. import resources
+
+        path = Path(given)
+        return read_json(path if path.is_file() else resources.find("configs", str(given)))
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"{folder} has no config.json: expected that of the model beside its weights, or config=... (--config)."
+        )
+    return read_json(file_inside(folder, CONFIG))
+
+
+def _block(text: Mapping[str, Any]) -> tuple[int, int]:
+    spec = text.get("quantization_config") or {}
+    if spec.get("quant_method") != "fp8":
+        return 128, 128
+    return quantization_of({"quantization_config": spec}).block
+
+
+def _layer(name: str) -> int:
+    head, _, rest = name.partition("model.layers.")
+    return int(rest.partition(".")[0]) if rest and not head else -1
+
+
+def _wrapped(name: str) -> bool:
+    return name.startswith(WRAPPER_PREFIX)
+
+
+def _told(names: Sequence[str]) -> str:
+    folds = fold(names)
+    more = f" and {len(folds) - 4} more kinds" if folds[4:] else ""
+    return f"{len(names):,} tensors ({', '.join(entry.pattern for entry in folds[:4])}{more})"
