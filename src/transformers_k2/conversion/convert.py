@@ -22,6 +22,7 @@ from .layout import Layout
 from .opened import CONFIG, Model, open_model, side_files
 from .plan import Plan, Target, make_plan
 from .staging import check_destination, fingerprint
+from .verify import distance
 from .weights import affine_encoder, fp8_encoder, int4_encoder
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -180,6 +181,7 @@ def write_model(
     summary = _summary(model, target, plan)
     if output.dry_run:
         return summary
+    check_repeated(model, layout)
     config = target_config(model, target, coding.group_size)
     told = {
         **options,
@@ -272,6 +274,22 @@ def make_target(model: Model, layout: Layout, coding: Coding, num_ranks: int = 1
     return Target(**common, encoder=encoder, coded=coded)
 
 
+def check_repeated(model: Model, layout: Layout) -> None:
+    """Prove that what the layout leaves out because it repeats another tensor does repeat it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for name in model.names:
+        if (other := layout.repeated(name)) is not None and distance(
+            model.read(name).values(), model.read(other).values()
+        )[0]:
+            raise ValueError(
+                f"{name} differs from {other}, which {layout.name} has in its place: expected a copy, or a layout with "
+                "room for both."
+            )
+
+
 def _by_rule(model: Model, rule: Quantization) -> Iterable[str]:
     for name in linear_modules(model):
         rows, columns = model.names[f"{name}.weight"]
@@ -295,6 +313,8 @@ def _summary(model: Model, target: Target, plan: Plan) -> Summary:
         lines.append(
             f"left out: {len(model.extras):,} tensors beside the language model ({target.layout.name} has no place)"
         )
+    if repeated := [name for name in model.names if target.layout.repeated(name) is not None]:
+        lines.append(f"left out: {', '.join(repeated)} (copies of what the model has once)")
     if target.layout.mtp is None and model.text.get("num_nextn_predict_layers"):
         lines.append(
             f"left out: the multi-token-prediction layers ({target.layout.name} has no place for them)"

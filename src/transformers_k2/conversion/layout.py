@@ -41,7 +41,20 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of the hub's names
 _DIGITS = re.compile(r"\d+")
 _LAYER, _EXPERT = re.compile(r"layers\.\d+\."), re.compile(r"experts\.\d+\.")
 _VARIABLE = re.compile(r"<(\w+)>")
-_KEYS = {"about", "names", "prefix", "codecs", "dtype", "parts", "mtp", "files", "tensors", "drop", "config"}
+_KEYS = {
+    "about",
+    "names",
+    "prefix",
+    "codecs",
+    "dtype",
+    "parts",
+    "mtp",
+    "files",
+    "tensors",
+    "drop",
+    "config",
+    "shared",
+}
 _ROW_KEYS = {"hub", "here", "also", "op", "split", "layers"}
 _LAYERS = ("dense", "moe")
 
@@ -139,8 +152,9 @@ class Layout:
         codecs: the weight formats it can hold.
         dtype: that unquantised weights are brought to, or None to keep theirs.
         parts: the hub's local name of a part of a quantised weight -> the layout's.
-        mtp: "same": multi-token-prediction layers are named as others; None: the layout has none; or a pair of prefixes,
-            that of a layer and what stands there for MTP layer number <mtp>.
+        mtp: "same": multi-token-prediction layers are named as others; None: the layout has none; or a prefix, that of a
+            layer, and what stands there for MTP layer number <mtp>: first what is written, then other spellings.
+        shared: tensors of the hub that the layout leaves out because they repeat others -> those others.
         files: name of a model-parallel rank's file, with <rank> and <ranks>; None for shards with an index.
         drop: what it may hold besides.
         config: "hub", "k25" (the text part inside a wrapper) or "mlx": what its config.json is like.
@@ -154,7 +168,8 @@ class Layout:
     prefix: str = ""
     dtype: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-    mtp: str | tuple[str, str] | None = None
+    mtp: str | tuple[str, tuple[str, ...]] | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
     files: str | None = None
     drop: tuple[Drop, ...] = ()
     config: str = "hub"
@@ -205,7 +220,7 @@ class Layout:
                 for here in spelling:
                     names = [here]
                     if isinstance(self.mtp, tuple):
-                        names.append(here.replace(*self.mtp))
+                        names += [here.replace(self.mtp[0], place) for place in self.mtp[1]]
                     for name in names:
                         found.add(name)
                         if name.endswith("weight"):
@@ -213,6 +228,10 @@ class Layout:
                                 self.part(name, local) for codec in self.codecs for local in PARTS[codec]
                             }
         return {kind_of(self.prefix + _VARIABLE.sub("0", name)) for name in found}
+
+    def repeated(self, name: str) -> str | None:
+        """The canonical name of what `name` repeats, which the layout has instead of it; None: it has its own."""
+        return self.shared.get(_NUMBER.sub("<layer>", name)) if self.shared else None
 
     @cached_property
     def _overridden(self) -> set[str]:
@@ -237,7 +256,7 @@ class Layout:
         kind = _NUMBER.sub(keep, name)
         layer = int(numbers[0]) if numbers else -1
         beyond = layer >= shape.num_layers
-        if beyond and self.mtp is None:
+        if (beyond and self.mtp is None) or self.repeated(name) is not None:
             return None
         rows = [
             (row, position)
@@ -257,13 +276,16 @@ class Layout:
         row, position = rows[0]
         expert = int(numbers[1]) if len(numbers) > 1 else 0
         values = {"<layer>": str(layer), "<expert>": str(expert), "<mtp>": str(layer - shape.num_layers)}
-        move = self.mtp if beyond and isinstance(self.mtp, tuple) else None
+        moves: list[tuple[str, str] | None] = [None]
+        if beyond and isinstance(self.mtp, tuple):
+            moves = [(self.mtp[0], place) for place in self.mtp[1]]
         return (
             row,
             position,
             expert,
             tuple(
                 tuple(self.prefix + _fill(here, values, move) for here in spelling)
+                for move in moves
                 for spelling in (row.here, *row.also)
             ),
         )
@@ -346,9 +368,9 @@ def parse(path: Path) -> Layout:
     if content.get("config", "hub") not in ("hub", "k25", "mlx"):
         raise wrong(f"config is {content['config']!r}, expected hub, k25 or mlx")
     given = content.get("mtp", "same")
-    mtp: str | tuple[str, str] | None = None if given == "none" else "same"
+    mtp: str | tuple[str, tuple[str, ...]] | None = None if given == "none" else "same"
     if isinstance(given, dict) and len(given) == 1:
-        mtp = next((str(source), str(place)) for source, place in given.items())
+        mtp = next((str(source), _texts(places, "mtp", wrong)) for source, places in given.items())
     elif given not in ("same", "none"):
         raise wrong(f"mtp is {given!r}, expected same, none or one pair of prefixes")
     rows = [_row(entry, wrong) for entry in content.get("tensors") or ()]
@@ -363,6 +385,11 @@ def parse(path: Path) -> Layout:
     for entry in drops:
         if not isinstance(entry, dict) or entry.keys() != {"name", "why"}:
             raise wrong(f"drop has {entry!r}, expected name and why")
+    shared = content.get("shared") or {}
+    if not isinstance(shared, dict) or not all(
+        isinstance(one, str) for pair in shared.items() for one in pair
+    ):
+        raise wrong(f"shared is {shared!r}, expected names of the hub and what they repeat")
     return Layout(
         name=path.stem,
         about=" ".join(str(content.get("about", "")).split()),
@@ -373,6 +400,7 @@ def parse(path: Path) -> Layout:
         dtype=content.get("dtype"),
         parts=dict(content.get("parts") or {}),
         mtp=mtp,
+        shared=shared,
         files=content.get("files"),
         drop=tuple(Drop(str(entry["name"]), str(entry["why"])) for entry in drops),
         config=content.get("config", "hub"),

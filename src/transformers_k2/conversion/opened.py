@@ -27,7 +27,7 @@ from ..checkpoint import (
     read_header,
     read_json,
 )
-from ..lazy_tensors import DTYPES, Cat, Constant, LazyTensor, OpenFiles, Stored
+from ..lazy_tensors import DTYPES, Cat, Constant, Entry, LazyTensor, OpenFiles, Stack, Stored
 from ..manifest import (
     WRAPPER_EXTRAS,
     WRAPPER_PREFIX,
@@ -148,7 +148,7 @@ def open_model(
         raise CheckpointError(
             f"{found.folder} has names under {WRAPPER_PREFIX!r}: expected layout k25_int4, not {chosen.name}."
         )
-    if bool(wrapper) != (chosen.config == "k25"):
+    if bool(wrapper) != (chosen.config == "k25") and config is None:
         told = f"begin with {WRAPPER_PREFIX!r}" if chosen.config == "k25" else "have no prefix"
         has = "a" if wrapper else "no"
         raise CheckpointError(f"{found.folder}: the names {told}, but config.json has {has} text_config.")
@@ -196,6 +196,9 @@ class _Opening:
                 continue
             for position, member in enumerate(group.members):
                 self.groups[member] = (here, position)
+        for name in self.expected:
+            if (other := self.layout.repeated(name)) in self.groups:
+                self.groups[name] = self.groups[other]
         if missing:
             raise CheckpointError(
                 f"{self.found.folder} ({self.layout.name}) lacks {_told(missing)} of the model that config.json describes."
@@ -211,7 +214,7 @@ class _Opening:
         coded = frozenset(
             name.removesuffix(".weight")
             for name, (group, _) in self.groups.items()
-            if group.here in self.codecs
+            if group.here in self.codecs and group.row.op is None
         )
         codec = used.pop() if used else "bf16"
         packed = codec in ("int4", "affine")
@@ -246,9 +249,9 @@ class _Opening:
         names = self.found.tensors
         for spelling in (group.here, *group.also):
             there = group._replace(here=spelling)
-            codec = self._codec(spelling[0]) if group.row.op is None else None
-            if codec is not None:
-                parts = [self.layout.part(spelling[0], local) for local in PARTS[codec]]
+            codec = self._codec(spelling[0])
+            if codec is not None and all(self._codec(one) == codec for one in spelling):
+                parts = [self.layout.part(one, local) for one in spelling for local in PARTS[codec]]
                 self.claimed.update(part for part in parts if part in names)
             elif all(name in names for name in spelling):
                 codec = "bf16"
@@ -332,6 +335,11 @@ class _Opening:
         if codec == "bf16":
             here = [self._tensor(one, group) for one in group.here]
             return Weight(name, codec, {"weight": backward(group, here, position, self.heads)})
+        if (
+            group.row.op is not None
+        ):  # its tensors are no rows of the hub's: what it holds is had decoded only
+            here = [self._decoded_stack(one, group) for one in group.here]
+            return Weight(name, "bf16", {"weight": backward(group, here, position, self.heads)})
         parts = {}
         for local in PARTS[codec]:
             stored = self.layout.part(group.here[0], local)
@@ -340,6 +348,15 @@ class _Opening:
             elif local == "weight_shape" and stored in self.found.tensors:
                 parts[local] = self._tensor(stored, group)
         return Weight(name, codec, parts, self.block)
+
+    def _decoded_stack(self, name: str, group: Group) -> LazyTensor:
+        """MLX's groups in a stack [heads, out, in], multiplied out."""
+        parts = {local: self._tensor(self.layout.part(name, local), group) for local in PARTS["affine"]}
+        heads = [
+            Weight(name, "affine", {local: Entry(part, head) for local, part in parts.items()}).values()
+            for head in range(self.heads.num)
+        ]
+        return Stack(name, heads)
 
     def _tensor(self, name: str, group: Group) -> LazyTensor:
         if not self.found.ranks:

@@ -165,7 +165,9 @@ class _Planner:
                     f"{target.codec} or none, but {wrong} is not chosen."
                 )
             values = forward(group, [weight.values() for weight in weights], self.model.heads)
-            return "encode", [self._encoded(group, self._share(values[0], group, rank), target.encoder)]
+            return "encode", [
+                self._encoded(group, self._share(values[0], group, rank, coded=True), target.encoder)
+            ]
         dtypes = [self._plain_dtype(weight) for weight in weights]
         values = forward(
             group,
@@ -251,7 +253,7 @@ class _Planner:
         expert = int(group.members[0].partition(".experts.")[2].partition(".")[0])
         return expert // (num_experts // num_ranks) == rank
 
-    def _share(self, value: LazyTensor, group: Group, rank: int) -> LazyTensor:
+    def _share(self, value: LazyTensor, group: Group, rank: int, coded: bool = False) -> LazyTensor:
         """The part of a tensor that a rank holds."""
         split, num_ranks = group.row.split, self.target.num_ranks
         if num_ranks == 1 or split is None or (split == "experts" and not group.row.stacked):
@@ -263,6 +265,12 @@ class _Planner:
                 f"{group.here[0]} has {size} {split} to be shared by {num_ranks} ranks: expected a divisor of {size}."
             )
         each = size // num_ranks
+        block = self.target.encoder.multiple if self.target.encoder is not None and coded else 1
+        if each % block:
+            raise ValueError(
+                f"{group.here[0]} has {size} {split}: {num_ranks} ranks would give each {each} {split}, no multiple of "
+                f"{block}; expected fewer ranks, so that FP8 blocks stay whole."
+            )
         return Narrow(value, dim, rank * each, (rank + 1) * each)
 
 

@@ -187,7 +187,7 @@ def _difference(a: Weight, b: Weight) -> tuple[Fault | None, str | None]:
         dtypes = {weight.dtype for weight in (a, b) if weight.codec == "bf16"} or {"BF16"}
         common = min(dtypes, key=lambda one: DTYPES[one].itemsize)
         left, right = a.values(common), b.values(common)
-    num, largest, first = _distance(left, right)
+    num, largest, first = distance(left, right)
     if not num:
         plain = a.codec == b.codec == "bf16" and a.dtype != b.dtype
         return None, f"rounding to {min(a.dtype, b.dtype)}" if plain and _narrower(a, b) else None
@@ -199,7 +199,7 @@ def _difference(a: Weight, b: Weight) -> tuple[Fault | None, str | None]:
 
 
 def _narrower(a: Weight, b: Weight) -> bool:
-    return _distance(a.values("F32"), b.values("F32"))[0] > 0
+    return distance(a.values("F32"), b.values("F32"))[0] > 0
 
 
 def _rounded(coarse: Weight, fine: Weight) -> str | None:
@@ -241,7 +241,7 @@ def _encodes(
     return True
 
 
-def _distance(a: LazyTensor, b: LazyTensor) -> tuple[int, float, tuple[int, ...]]:
+def distance(a: LazyTensor, b: LazyTensor) -> tuple[int, float, tuple[int, ...]]:
     """How many numbers differ, by how much at most, and where the first does; NaN equals NaN, and 0 is -0."""
     num, largest, first = 0, 0.0, ()
     num_rows = a.shape[0] if a.shape else 1
