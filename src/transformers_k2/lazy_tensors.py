@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +47,7 @@ class OpenFiles(ExitStack):
         super().__init__()
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self.callback(self._close_all)
 
     def read(self, path: Path, place: Tensor, offset: int) -> None:
         """Fill a contiguous tensor with the bytes from `offset` on.
@@ -54,10 +55,7 @@ class OpenFiles(ExitStack):
         Raises:
             CheckpointError: the file ends before, or cannot be read.
         """
-        with self._lock:
-            if (descriptor := self._descriptors.get(path)) is None:
-                descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY)
-                self.callback(os.close, descriptor)
+        descriptor = self._descriptor(path)
         buffer = memoryview(cast(Any, place.view(-1).view(torch.uint8).numpy()))
         while buffer:
             try:
@@ -68,12 +66,21 @@ class OpenFiles(ExitStack):
                 raise CheckpointError(f"{path} ends at byte {offset}: it was cut short while it was read.")
             buffer, offset = buffer[num_bytes:], offset + num_bytes
 
-    def forget(self, path: Path) -> None:
-        """Tell the system that the pages of a file are not needed any more."""
+    def close_file(self, path: Path) -> None:
+        """Close a file that nothing will read soon."""
         with self._lock:
-            descriptor = self._descriptors.get(path)
-        if descriptor is not None:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if (descriptor := self._descriptors.pop(path, None)) is not None:
+                os.close(descriptor)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+    def _close_all(self) -> None:
+        for path in list(self._descriptors):
+            self.close_file(path)
 
 
 class LazyTensor(ABC):
@@ -107,6 +114,20 @@ class LazyTensor(ABC):
     def fill(self, place: Tensor, region: Region) -> None:
         """Write a region, start and stop known in every dimension, into a CPU tensor of that shape and this dtype."""
 
+    def sources(self) -> Iterator[TensorInfo]:
+        """The tensors of files that it is made of."""
+        for value in vars(self).values():
+            values = (
+                value.values()
+                if isinstance(value, dict)
+                else value
+                if isinstance(value, list | tuple)
+                else (value,)
+            )
+            for one in values:
+                if isinstance(one, LazyTensor):
+                    yield from one.sources()
+
     def _region(self, index: Any) -> Region:
         parts = index if isinstance(index, tuple) else (index,)
         if Ellipsis in parts:
@@ -128,6 +149,10 @@ class Stored(LazyTensor):
             )
         self.info, self.files = info, files
         self.shape, self.dtype = info.shape, DTYPES[info.dtype]
+
+    def sources(self) -> Iterator[TensorInfo]:
+        """Itself."""
+        yield self.info
 
     def fill(self, place: Tensor, region: Region) -> None:
         if not place.numel():

@@ -7,21 +7,25 @@ the space on the disk counted. Then files are streamed (engine.py).
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from ..lazy_tensors import OpenFiles
 from ..manifest import FP8, Quantization, base_dtype, quantization_of
 from ..quantization import int4
+from . import hub
 from . import layout as layouts
 from .configs import linear_modules, target_config
-from .engine import MEMORY, SHARD_BYTES, write_files
+from .engine import MEMORY, SHARD_BYTES, Share, write_files
 from .layout import Layout
 from .opened import CONFIG, Model, open_model, side_files
 from .plan import Plan, Target, make_plan
-from .staging import check_destination, fingerprint
+from .staging import STAGING, check_destination, fingerprint
 from .verify import distance
 from .weights import affine_encoder, fp8_encoder, int4_encoder
 
@@ -117,11 +121,14 @@ def convert(
     dry_run: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    revision: str | None = None,
+    discard_source: bool = False,
 ) -> Summary:
     """Write the checkpoint `src` to the folder `dst` in another layout.
 
     Args:
-        src: a folder, a .safetensors file with its config.json beside it, or, for a dry run, an index.
+        src: a folder, a .safetensors file with its config.json beside it, the id of a hub repository, or, for a dry run, an
+            index.
         to: a layout, the stem of a file in conversion/.
         codec: "bf16", "fp8", "int4" or "affine" (MLX); by default the source's if the layout holds it, else the layout's
             first.
@@ -138,6 +145,9 @@ def convert(
         dry_run: plan and check only.
         overwrite: replace what `dst` holds, or drop an unfinished run of another kind.
         quiet: no progress bar.
+        revision: of a hub repository: a branch, tag or commit.
+        discard_source: of a hub repository: delete each shard when everything made of it is on the disk. If not, it is
+            downloaded to the hub's cache and stays there.
 
     Returns:
         Tensors, bytes and files written, or to be written.
@@ -146,14 +156,50 @@ def convert(
         ValueError: a source that is broken or incomplete, tensors that nothing claims, a layout or codec that does not
             exist or does not fit, an unusable destination; all before a byte is written.
     """
-    src, dst = Path(src), Path(dst)
+    dst = Path(dst)
     target = layouts.load(to)
-    check_destination(src, dst, overwrite)
     output = Output(shard_bytes, memory, num_ranks, dry_run, overwrite, quiet)
     coding = Coding(codec, group_size, convention, recover, dtype=dtype)
-    with OpenFiles() as files:
-        model = open_model(src, files, layout=layout, config=config, names_only=dry_run)
-        return write_model(model, dst, target, coding, output, files, {"command": "convert", "to": to})
+    options = {"command": "convert", "to": to}
+    found = hub.repository_id(src)
+    if found is None:
+        if revision is not None or discard_source:
+            raise ValueError(
+                f"{src} is no id of a hub repository: expected one with revision or discard_source."
+            )
+        src = Path(src)
+        check_destination(src, dst, overwrite)
+        with OpenFiles() as files:
+            model = open_model(src, files, layout=layout, config=config, names_only=dry_run)
+            return write_model(model, dst, target, coding, output, files, options)
+    repository = hub.open_repository(found[0], revision or found[1])
+    if not dry_run and not discard_source:
+        folder = hub.download(repository)
+        check_destination(folder, dst, overwrite)
+        with OpenFiles() as files:
+            model = open_model(folder, files, layout=layout, config=config)
+            return write_model(model, dst, target, coding, output, files, options)
+    with ExitStack() as stack:
+        if dry_run:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+        else:
+            folder = dst.with_name(f".{dst.name}.source.{Share.of_environment().rank}")
+            check_destination(folder, dst, overwrite)
+        files = stack.enter_context(hub.StreamedFiles(repository, folder))
+        model = open_model(folder, files, layout=layout, config=config)
+        summary = write_model(
+            model,
+            dst,
+            target,
+            coding,
+            output,
+            files,
+            options,
+            source={"repository": repository.id, "revision": repository.revision},
+        )
+    if not dry_run:
+        shutil.rmtree(folder)
+    return summary
 
 
 def write_model(
@@ -166,7 +212,6 @@ def write_model(
     options: Mapping[str, Any],
     *,
     source: Mapping[str, Any] | None = None,
-    finished: Callable[[str], None] = lambda name: None,
 ) -> Summary:
     """Plan and write a model; what `convert` and its relatives (quantize, merge, slice) share.
 
@@ -174,7 +219,6 @@ def write_model(
         options: what the result depends on beside `coding` and `output`, as JSON types; an unfinished run is resumed if all
             are the same.
         source: what tells whether the source is still the same; by default its files' sizes and times.
-        finished: called with a file's name when it is on the disk.
     """
     target = make_target(model, layout, coding, output.num_ranks)
     plan = make_plan(model, target, files, output.shard_bytes)
@@ -195,10 +239,15 @@ def write_model(
         "shard_bytes": output.shard_bytes,
     }
     record = {
-        "from": {"folder": model.folder.name, "layout": model.layout, "codec": model.codec},
+        "from": {**(source or {"folder": model.folder.name}), "layout": model.layout, "codec": model.codec},
         "to": told,
         "dropped": [{"name": name, "why": why, "tensors": num} for name, why, num in model.dropped],
     }
+    streamed = files if isinstance(files, hub.StreamedFiles) else None
+    if streamed is not None:
+        share = Share.of_environment()
+        done = {path.name for path in (dst / STAGING).glob("*.safetensors")}
+        streamed.plan([file for file in plan.files[share.rank :: share.num_ranks] if file.name not in done])
     num_resumed = write_files(
         plan.files,
         dst,
@@ -210,7 +259,7 @@ def write_model(
         memory=output.memory,
         overwrite=output.overwrite,
         quiet=output.quiet,
-        finished=finished,
+        finished=streamed.written if streamed is not None else None,
     )
     return summary._replace(num_resumed=num_resumed)
 

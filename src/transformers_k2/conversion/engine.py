@@ -136,7 +136,7 @@ def write_files(
     memory: int = MEMORY,
     overwrite: bool = False,
     quiet: bool = False,
-    finished: Callable[[str], None] = lambda name: None,
+    finished: Callable[[str], None] | None = None,
 ) -> int:
     """Carry out a plan: `destination` becomes a checkpoint, or stays none.
 
@@ -304,7 +304,7 @@ def _write(
     folder: Path,
     memory: int,
     advance: Callable[[int], None],
-    finished: Callable[[str], None],
+    finished: Callable[[str], None] | None,
 ) -> None:
     num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) + 1, memory // _THREAD_BYTES))
     waiting = threading.BoundedSemaphore(2 * num_threads)
@@ -316,7 +316,8 @@ def _write(
     def done(writing: _Writing) -> None:
         writing.finish()
         opened.remove(writing)
-        finished(writing.file.name)
+        if finished is not None:
+            finished(writing.file.name)
 
     with ThreadPoolExecutor(num_threads) as workers, ThreadPoolExecutor(1) as closer:
 
