@@ -24,8 +24,9 @@ import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2 import KimiK2ForCausalLM
 from transformers_k2.cli import app
-from transformers_k2.conversion import engine, export_adapter, merge, merge_adapter, quantize
+from transformers_k2.conversion import engine, export_adapter, lora, merge_adapter, quantize, verify
 from transformers_k2.conversion.adapters import Lora, open_adapter
+from transformers_k2.quantization.codecs import fp8_block
 
 pytestmark = [
     # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
@@ -227,6 +228,8 @@ def test_merge_is_pefts_bit_for_bit(name: str, form: str, make: Make, base: Path
     before = read(base)
     assert any(not torch.equal(found[name], before[name]) for name in found)
     assert problems(tmp_path / "dst") == []
+    assert verify(tmp_path / "dst", base, adapter=folder, quiet=True).ok
+    assert not verify(tmp_path / "dst", base, quiet=True).ok
 
 
 def test_merge_of_bf16_adapters(make: Make, base: Path, model: KimiK2ForCausalLM, tmp_path: Path) -> None:
@@ -297,6 +300,36 @@ def test_merge_into_fp8_gives_bf16(make: Make, plain: dict[str, Tensor], tmp_pat
     merge_adapter(src, folder, tmp_path / "dst")
     same(stray(read(tmp_path / "dst")), merged(peft))
     assert problems(tmp_path / "dst") == []
+
+
+def test_merge_within_fp8(make: Make, plain: dict[str, Tensor], tmp_path: Path) -> None:
+    """What is touched is the textbook's FP8 of PEFT's sum; the rest keeps its bytes."""
+    fp8 = checkpoints.to_fp8(plain)
+    config = checkpoints.hub_config(quantization_config=checkpoints.FP8_CONFIG)
+    src = checkpoints.write(tmp_path / "src", fp8, config)
+    dense = checkpoints.write(
+        tmp_path / "dense", checkpoints.decoded(fp8, torch.bfloat16), checkpoints.hub_config()
+    )
+    folder = make("plain").folder
+    sums = merged(
+        PeftModel.from_pretrained(KimiK2ForCausalLM.from_pretrained(dense, dtype=torch.bfloat16), folder)
+    )
+    merge_adapter(src, folder, tmp_path / "dst", to="fp8")
+    found, before = stray(read(tmp_path / "dst")), checkpoints.decoded(fp8, torch.bfloat16)
+    touched = {name for name in sums if not torch.equal(sums[name], before[name])}
+    assert touched
+    for name in fp8:
+        weight = name.removesuffix("_scale_inv")
+        if weight not in touched:
+            assert torch.equal(found[name].view(torch.uint8), fp8[name].view(torch.uint8)), name
+        elif name == weight and f"{name}_scale_inv" in fp8:
+            codes, scale = fp8_block.encode(sums[name])
+            assert torch.equal(found[name].view(torch.uint8), codes.view(torch.uint8)), name
+            assert torch.equal(found[f"{name}_scale_inv"], scale)
+        elif name == weight:
+            assert torch.equal(found[name], sums[name]), name
+    assert problems(tmp_path / "dst") == []
+    assert verify(tmp_path / "dst", src, adapter=folder, quiet=True).ok
 
 
 def test_merge_into_fused_experts(make: Make, model: KimiK2ForCausalLM, tmp_path: Path) -> None:
@@ -468,11 +501,11 @@ def test_commands(make: Make, base: Path, tmp_path: Path) -> None:
 
 def test_products_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands over blocks of other sizes, in order, and again from the start."""
-    monkeypatch.setattr(merge, "_AT_ONCE", 7 * 20)
+    monkeypatch.setattr(lora, "_AT_ONCE", 7 * 20)
     b, a = torch.randn(50, 3), torch.randn(3, 20)
-    product = merge._Product(Lora(a, b, 1.5, 0.5, on_parameter=False))
+    product = lora._Product(Lora(a, b, 1.5, 0.5, on_parameter=False))
     expected = b.double() @ a.double() * 0.5
     for step in (1, 6, 7, 20, 50):
         rows = torch.cat([product.rows(start, min(start + step, 50)) for start in range(0, 50, step)])
         torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
-    assert len(product.blocks) <= merge._KEPT
+    assert len(product.blocks) <= lora._KEPT

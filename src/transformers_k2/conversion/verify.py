@@ -25,8 +25,10 @@ from ..checkpoint import TensorInfo, read_header, read_json
 from ..lazy_tensors import DTYPES, LazyTensor, OpenFiles, Stored
 from ..quantization import int4
 from ..quantization.codecs import fp8_block
+from .adapters import open_adapter
 from .crc32 import combine
 from .engine import MEMORY, RECORD, one_thread_each, progress, tensor_bytes
+from .lora import check_fit, merged
 from .opened import Model, open_model
 from .weights import Weight
 
@@ -89,6 +91,7 @@ def verify(
     a: str | Path,
     b: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     config: str | Path | None = None,
     memory: int = MEMORY,
     quiet: bool = False,
@@ -97,6 +100,8 @@ def verify(
 
     Args:
         a, b: folders or .safetensors files with a config.json beside them.
+        adapter: a LoRA that was merged into `b` to give `a`: `a` is compared with the sum. In bf16 it must be PEFT's to the
+            bit; in a quantised form, that sum, rounded.
         config: of the model, for a checkpoint that has none beside its weights.
         memory: bytes that the work may take beside Python and its libraries.
         quiet: no progress bar.
@@ -108,8 +113,17 @@ def verify(
         first = open_model(a, files, config=config)
         threads = max(1, min(os.cpu_count() or 1, memory // _THREAD_BYTES))
         if b is None:
+            if adapter is not None:
+                raise ValueError(
+                    f"adapter is {adapter}, but there is one checkpoint: expected also the one it was merged into."
+                )
             return _alone(first, files, threads, quiet)
-        return _compared(first, open_model(b, files, config=config), threads, quiet)
+        second = open_model(b, files, config=config)
+        if adapter is not None:
+            opened = open_adapter(adapter)
+            check_fit(opened, second, Path(b))
+            second = merged(second, opened)
+        return _compared(first, second, threads, quiet)
 
 
 def _alone(model: Model, files: OpenFiles, threads: int, quiet: bool) -> Verdict:

@@ -1,0 +1,8 @@
+"""The `k2` command: argument parsing only."""
+
+from __future__ import annotations
+
+from . import checkpoints, training
+from .app import app, main
+
+__all__ = ["app", "checkpoints", "main", "training"]
