@@ -20,7 +20,7 @@ from transformers import DeepseekV3ForCausalLM
 import checkpoints
 from transformers_k2 import resources
 from transformers_k2.checkpoint import DTYPE_BITS
-from transformers_k2.conversion import Problem, Report, inspect, render
+from transformers_k2.conversion import Problem, Report, convert, inspect, render
 from transformers_k2.conversion.report import fold, ranges
 from transformers_k2.manifest import Tensors, expected_tensors, optional_tensors
 
@@ -319,15 +319,6 @@ def test_one_shard_alone_is_no_incomplete_model(tmp_path: Path, fp8: dict[str, T
 
 
 FOREIGN = {
-    "deepseek_inference": [
-        "embed.weight",
-        "layers.0.attn.wkv_a.weight",
-        "layers.0.attn.wq_b.scale",
-        "head.weight",
-    ],
-    "megatron": ["embedding.word_embeddings.weight", "decoder.layers.0.self_attention.linear_proj.weight"],
-    "torchtitan": ["tok_embeddings.weight", "layers.0.attention.wq_a.weight", "output.weight"],
-    "mlx": ["model.layers.0.mlp.switch_mlp.up_proj.weight", "model.layers.0.self_attn.embed_q.weight"],
     "a LoRA adapter": ["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"],
     "hub_bf16 without the prefix 'model.'": ["layers.0.self_attn.o_proj.weight", "embed_tokens.weight"],
     "none": ["a", "b"],
@@ -335,7 +326,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("nearest", FOREIGN)
-def test_foreign_layouts_are_unknown_with_the_nearest(tmp_path: Path, nearest: str) -> None:
+def test_foreign_names_are_unknown_with_the_nearest(tmp_path: Path, nearest: str) -> None:
     save_file(
         {name: torch.zeros(2) for name in FOREIGN[nearest]}, tmp_path / "model.safetensors", {"format": "pt"}
     )
@@ -343,6 +334,15 @@ def test_foreign_layouts_are_unknown_with_the_nearest(tmp_path: Path, nearest: s
     report = inspect(tmp_path)
     assert (report.layout, report.nearest_layout, report.quantization) == ("unknown", nearest, {})
     assert only(report).text == f"The names follow no known layout; the nearest is {nearest}."
+
+
+@pytest.mark.parametrize("layout", ["deepseek_inference", "megatron", "torchtitan", "mlx"])
+def test_other_layouts_have_their_name(tmp_path: Path, stock: DeepseekV3ForCausalLM, layout: str) -> None:
+    src = checkpoints.write(tmp_path / "src", checkpoints.per_expert(stock), checkpoints.hub_config())
+    ranks = 2 if layout == "deepseek_inference" else 1
+    convert(src, tmp_path / "dst", layout, codec="bf16", num_ranks=ranks)
+    report = inspect(tmp_path / "dst")
+    assert (report.layout, report.nearest_layout, complaints(report)) == (layout, None, [])
 
 
 def test_a_prefix_that_the_config_does_not_have(tmp_path: Path, fp8: dict[str, Tensor]) -> None:

@@ -28,6 +28,7 @@ from ..checkpoint import (
     Scan,
     file_inside,
     no_collector,
+    read_header,
     read_json,
     scan,
 )
@@ -44,6 +45,8 @@ from ..manifest import (
     split_config,
 )
 from . import checks
+from . import layout as layouts
+from .opened import rank_files
 from .report import Problem, Report, kind_of
 
 # (prefix of the names, method, fused experts) -> layout, a stem of conversion/*.yaml.
@@ -59,12 +62,8 @@ _HUB_NAME = re.compile(
     r"post_attention_layernorm|eh_proj|shared_head|embed_tokens|mlp\.(?:gate|experts|shared_experts|\w+_proj)|"
     r"self_attn\.(?:\w+_proj|kv_a_proj_with_mqa|q_a_layernorm|kv_a_layernorm|rotary_emb))))\."
 )
-# Names that only one other layout has.
+# Names that are no layout's.
 _FOREIGN_NAMES = {
-    "deepseek_inference": re.compile(r"layers\.\{\}\.attn\.w"),
-    "megatron": re.compile(r".*decoder\.layers\.\{\}\."),
-    "torchtitan": re.compile(r"tok_embeddings\.|layers\.\{\}\.(?:attention|moe)\."),
-    "mlx": re.compile(r".*\.(?:switch_mlp|embed_q|unembed_out)\."),
     "a LoRA adapter": re.compile(r".*\.lora_[AB]\."),
     "hub_bf16 without the prefix 'model.'": re.compile(r"layers\.\{\}\.self_attn\."),
     "hub_bf16 under the prefix 'model.language_model.'": re.compile(r"model\.language_model\."),
@@ -108,7 +107,7 @@ def inspect(path_or_config: str | Path | Mapping[str, Any]) -> Report:
     problems: list[Problem] = []
     if path.suffix == ".json" and path.is_file():
         return _report(str(path), _read(path.parent, path.name, problems), None, problems)
-    found = scan(path)
+    found = _scan(path)
     folder = path if path.is_dir() else path.parent
     problems += [Problem("error", "file", str(error)) for error in found.problems]
     config = _read(folder, "config.json", problems)
@@ -123,8 +122,20 @@ def inspect(path_or_config: str | Path | Mapping[str, Any]) -> Report:
     return _report(str(path), config, found, problems, alone=path.is_file())
 
 
+def _scan(path: Path) -> Scan:
+    """The headers; of model-parallel ranks, a tensor that several share counts once, as the first has it."""
+    if not path.is_dir() or (ranked := rank_files(path)) is None:
+        return scan(path)
+    headers = {file: read_header(file) for file in ranked[1]}
+    tensors = {name: info for header, _ in reversed(headers.values()) for name, info in header.items()}
+    return Scan(Checkpoint(path, tensors, tuple(headers)), [], set())
+
+
 def recognise(tensors: Tensors) -> Recognised:
-    """The layout of a checkpoint by its names and dtypes; "unknown" and the nearest if it is none of ours."""
+    """The layout of a checkpoint by its names and dtypes; "unknown" and the nearest if it is none of conversion/."""
+    names = Counter(layouts.kind_of(name) for name in tensors if not name.startswith(WRAPPER_EXTRAS))
+    if (table := layouts.detect(names)) is not None and table.name not in LAYOUTS.values():
+        return Recognised(table.name, checkable=False)
     kinds = Counter(kind_of(name) for name in tensors if not name.startswith(WRAPPER_EXTRAS))
     fitting = sum(count for kind, count in kinds.items() if _HUB_NAME.match(kind + "."))
     if 2 * fitting <= kinds.total():
@@ -228,6 +239,12 @@ def _tensor_problems(
 
     if recognised.layout == "unknown":
         add("warning", "layout", f"The names follow no known layout; the nearest is {recognised.nearest}.")
+    elif not recognised.checkable:
+        add(
+            "note",
+            "layout",
+            "Names and shapes are not compared with config.json here; `k2 verify` does that.",
+        )
     if text is None or not recognised.checkable:
         return problems
     if prefix != recognised.prefix:

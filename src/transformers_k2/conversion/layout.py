@@ -212,7 +212,8 @@ class Layout:
         local = self.parts.get(local, local)
         return f"{stem}.{local}" if leaf == "weight" else name.replace("weight", local)
 
-    def kinds(self) -> set[str]:
+    @cached_property
+    def kinds(self) -> frozenset[str]:
         """The names of rows, all spellings and parts, their numbers and variables replaced by #."""
         found = set()
         for row in (*self.rows, *(_hub_rows(self._overridden) if self.hub_names else ())):
@@ -227,7 +228,7 @@ class Layout:
                             found |= {
                                 self.part(name, local) for codec in self.codecs for local in PARTS[codec]
                             }
-        return {kind_of(self.prefix + _VARIABLE.sub("0", name)) for name in found}
+        return frozenset(kind_of(self.prefix + _VARIABLE.sub("0", name)) for name in found)
 
     def repeated(self, name: str) -> str | None:
         """The canonical name of what `name` repeats, which the layout has instead of it; None: it has its own."""
@@ -330,6 +331,23 @@ def _hub_rows(without: set[str]) -> Iterator[Row]:
 def names() -> list[str]:
     """The layouts there are: the stems of conversion/*.yaml."""
     return resources.names("conversion")
+
+
+def detect(kinds: Mapping[str, int]) -> Layout | None:
+    """The layout whose table claims most of the names, and holds their codec; None if none claims half of them.
+
+    Args:
+        kinds: kind (see `kind_of`) -> how many names there are of it.
+    """
+    suffixes = {kind.rpartition(".")[2] for kind in kinds}
+    codec = "int4" if "weight_packed" in suffixes else "fp8" if "weight_scale_inv" in suffixes else "bf16"
+    best, best_score = None, (0, False, 0)
+    for layout in map(load, names()):
+        claimed = sum(num for kind, num in kinds.items() if kind in layout.kinds)
+        score = (claimed, codec in layout.codecs, -len(layout.codecs))
+        if score > best_score:
+            best, best_score = layout, score
+    return best if 2 * best_score[0] > sum(kinds.values()) else None
 
 
 @lru_cache
