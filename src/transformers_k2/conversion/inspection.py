@@ -117,7 +117,7 @@ def inspect(path_or_config: str | Path | Mapping[str, Any]) -> Report:
     generation = _read(folder, "generation_config.json", problems)
     if config is not None and generation is not None:
         problems += checks.check_eos(config, generation)
-    if path.is_dir():
+    if path.is_dir() and rank_files(path) is None:
         problems += checks.check_folder(found)
     return _report(str(path), config, found, problems, alone=path.is_file())
 
