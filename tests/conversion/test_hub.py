@@ -158,7 +158,7 @@ def test_shards_come_and_go(server: Hub, tmp_path: Path, monkeypatch: pytest.Mon
         shards(server.folder), 1
     )
     assert len(shards(server.folder)) == 5
-    assert max(held) <= 3
+    assert max(held) < 5
     assert "modeling_deepseek.py" not in {path.name for path in (tmp_path / "dst").iterdir()}
     told = json.loads((tmp_path / "dst" / "conversion.json").read_text())
     assert told["from"]["repository"] == "owner/tiny"

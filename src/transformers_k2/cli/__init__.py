@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import checkpoints, training
+from . import checkpoints, surgery, training
 from .app import app, main
 
-__all__ = ["app", "checkpoints", "main", "training"]
+__all__ = ["app", "checkpoints", "main", "surgery", "training"]

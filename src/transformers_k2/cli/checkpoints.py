@@ -157,6 +157,9 @@ def convert_command(
 def verify_command(
     a: Annotated[Path, typer.Argument(help="A checkpoint of any layout.")],
     b: Annotated[Path | None, typer.Argument(help="Another, of any layout, to be compared with it.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA that was merged into B to give A: is A that sum?")
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="config.json or a name in configs/, if there is none beside the weights."),

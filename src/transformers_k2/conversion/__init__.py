@@ -9,6 +9,8 @@ from .inspection import inspect
 from .merge import merge_adapter
 from .quantize import quantize
 from .report import Problem, Report, render
+from .slicing import drop_experts, slice_model
+from .upcycle import upcycle
 from .verify import verify
 
 __all__ = [
@@ -16,11 +18,14 @@ __all__ = [
     "Report",
     "convert",
     "count_parameters",
+    "drop_experts",
     "expected_tensors",
     "export_adapter",
     "inspect",
     "merge_adapter",
     "quantize",
     "render",
+    "slice_model",
+    "upcycle",
     "verify",
 ]

@@ -46,7 +46,14 @@ _UNIT = 1 << 21  # weights made at a time: 4 MB of bfloat16, and a few times tha
 _COPIED = 8 << 20  # bytes copied at a time
 _THREAD_BYTES = 64 << 20  # what a thread may need
 _MAX_THREADS = 16
+_MAX_OPEN = 4  # files, those being flushed among them
+_FLUSHED = 256 << 20  # bytes of a file after which the disk is asked to take them
 _POLL = 0.2  # seconds between looks for what other processes write
+
+
+_Unit = Callable[
+    [threading.local], int
+]  # a piece of work, with memory of the thread; the number of bytes it wrote
 
 
 class Spec(NamedTuple):
@@ -264,7 +271,7 @@ class _Writing:
         self.start, self.positions = header(file.specs, {"format": "pt"})
         self.sums: dict[str, list[tuple[int, int, int]]] = {spec.name: [] for spec in file.specs}
         self.lock = threading.Lock()
-        self.num_left, self.all_known = 0, False
+        self.num_left, self.all_known, self.num_unflushed = 0, False, 0
         self.temporary = temporary_name(path)
         self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         write_at(self.descriptor, self.start, 0)
@@ -278,6 +285,15 @@ class _Writing:
         with self.lock:
             self.sums[name].append(entry)
         return num_bytes
+
+    def due(self, num_bytes: int) -> bool:
+        """Whether so much was written that the disk should have it soon, and not all at the end."""
+        with self.lock:
+            self.num_unflushed += num_bytes
+            if self.num_unflushed < _FLUSHED:
+                return False
+            self.num_unflushed = 0
+            return True
 
     def finish(self) -> None:
         """Flush it and give it its name, its checksums before it."""
@@ -307,78 +323,120 @@ def _write(
     finished: Callable[[str], None] | None,
 ) -> None:
     num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) + 1, memory // _THREAD_BYTES))
-    waiting = threading.BoundedSemaphore(2 * num_threads)
-    opened: list[_Writing] = []
-    running: set[Future[None]] = set()
-    failed = threading.Event()
-    scratch = threading.local()
+    # Two files at a time, because the file system lets one thread at a time write to one; but where each is waited for
+    # (its source is deleted then), one.
+    num_files = 1 if finished is not None else 2
+    with _Crew(num_threads, advance, finished) as crew:
+        left = iter(files)
+        begun: list[tuple[_Writing, Iterator[_Unit]]] = []
+        while True:
+            while len(begun) < num_files and (file := next(left, None)) is not None:
+                writing = crew.open(folder / file.name, file)
+                begun.append((writing, (unit for task in file.tasks() for unit in _units(task, writing))))
+            if not begun:
+                return
+            for entry in list(begun):
+                writing, units = entry
+                if (unit := next(units, None)) is not None:
+                    crew.submit(unit, writing)
+                else:
+                    crew.complete(writing)
+                    begun.remove(entry)
 
-    def done(writing: _Writing) -> None:
-        writing.finish()
-        opened.remove(writing)
-        if finished is not None:
-            finished(writing.file.name)
 
-    with ThreadPoolExecutor(num_threads) as workers, ThreadPoolExecutor(1) as closer:
+class _Crew:
+    """Threads that carry out units of work, and one that flushes files to the disk meanwhile.
 
-        def work(unit: Callable[[threading.local], int], writing: _Writing) -> None:
-            try:
-                if not failed.is_set():
-                    advance(unit(scratch))
-            except BaseException:
-                failed.set()
-                raise
-            finally:
-                waiting.release()
-            count(writing, -1)
+    A context manager: at its end all files are in place, or, after an error, those that were not finished are removed.
+    """
 
-        def count(writing: _Writing, change: int, all_known: bool = False) -> None:
-            with writing.lock:
-                writing.num_left += change
-                writing.all_known |= all_known
-                complete = writing.all_known and not writing.num_left
-            if complete and not failed.is_set():
-                running.add(closer.submit(done, writing))
+    def __init__(
+        self, num_threads: int, advance: Callable[[int], None], finished: Callable[[str], None] | None
+    ) -> None:
+        self.workers, self.flusher = ThreadPoolExecutor(num_threads), ThreadPoolExecutor(1)
+        self.advance, self.finished = advance, finished
+        self.waiting = threading.BoundedSemaphore(2 * num_threads)
+        self.failed, self.scratch = threading.Event(), threading.local()
+        self.opened: list[_Writing] = []
+        self.running: set[Future[None]] = set()
 
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
-            for file in files:
-                writing = _Writing(folder / file.name, file)
-                opened.append(writing)
-                for task in file.tasks():
-                    for unit in _units(task, writing):
-                        waiting.acquire()
-                        if failed.is_set():
-                            break
-                        count(writing, 1)
-                        running.add(workers.submit(work, unit, writing))
-                    if failed.is_set():
-                        break
-                count(writing, 0, all_known=True)
-                _raise_errors(running)
-                while len(opened) > 2 and not failed.is_set():  # no more files at once than are being flushed
-                    wait(list(running), timeout=_POLL, return_when=FIRST_EXCEPTION)
-                    _raise_errors(running)
-            while running:
-                _, _ = wait(list(running), return_when=FIRST_EXCEPTION)
-                _raise_errors(running)
+            while kind is None and self.running:
+                wait(list(self.running), return_when=FIRST_EXCEPTION)
+                self._raise_errors()
         except BaseException:
-            failed.set()
-            workers.shutdown(
-                cancel_futures=True
-            )  # an error or an interrupt waits for what runs, not for the rest
-            closer.shutdown(cancel_futures=True)
-            for writing in opened:
-                writing.discard()
+            self.failed.set()
             raise
+        finally:
+            if kind is not None:
+                self.failed.set()
+            # An error or an interrupt waits for what runs, not for the rest.
+            self.workers.shutdown(cancel_futures=True)
+            self.flusher.shutdown(cancel_futures=True)
+            for writing in self.opened:
+                writing.discard()
+
+    def open(self, path: Path, file: File) -> _Writing:
+        """Begin a file; waits while several are still being flushed."""
+        while len(self.opened) >= _MAX_OPEN:
+            wait(list(self.running), timeout=_POLL, return_when=FIRST_EXCEPTION)
+            self._raise_errors()
+        writing = _Writing(path, file)
+        self.opened.append(writing)
+        return writing
+
+    def submit(self, unit: _Unit, writing: _Writing) -> None:
+        """Hand out a unit of work; waits while many are."""
+        self.waiting.acquire()
+        if self.failed.is_set():
+            self._raise_errors()
+        self._count(writing, 1)
+        self.running.add(self.workers.submit(self._work, unit, writing))
+
+    def complete(self, writing: _Writing) -> None:
+        """All units of a file were handed out."""
+        self._count(writing, 0, all_known=True)
+        self._raise_errors()
+
+    def _work(self, unit: _Unit, writing: _Writing) -> None:
+        try:
+            if not self.failed.is_set():
+                num_bytes = unit(self.scratch)
+                self.advance(num_bytes)
+                if writing.due(num_bytes):
+                    self.running.add(self.flusher.submit(os.fsync, writing.descriptor))
+        except BaseException:
+            self.failed.set()
+            raise
+        finally:
+            self.waiting.release()
+        self._count(writing, -1)
+
+    def _count(self, writing: _Writing, change: int, all_known: bool = False) -> None:
+        with writing.lock:
+            writing.num_left += change
+            writing.all_known |= all_known
+            complete = writing.all_known and not writing.num_left
+        if complete and not self.failed.is_set():
+            self.running.add(self.flusher.submit(self._finish, writing))
+
+    def _finish(self, writing: _Writing) -> None:
+        writing.finish()
+        self.opened.remove(writing)
+        if self.finished is not None:
+            self.finished(writing.file.name)
+
+    def _raise_errors(self) -> None:
+        for future in [one for one in list(self.running) if one.done()]:
+            self.running.discard(future)
+            future.result()
 
 
-def _raise_errors(running: set[Future[None]]) -> None:
-    for future in [one for one in list(running) if one.done()]:
-        running.discard(future)
-        future.result()
-
-
-def _units(task: Task, writing: _Writing) -> Iterator[Callable[[threading.local], int]]:
+def _units(task: Task, writing: _Writing) -> Iterator[_Unit]:
     """The pieces of work of a task; each returns the number of bytes it wrote."""
     fixed = task.fixed or {}
     made = [spec for spec in task.outputs if spec.name not in fixed]
@@ -428,7 +486,7 @@ def _make(
     try:
         task.value.fill(place, region)
         rows = task.encode(place.view(place.shape[-2:])) if task.encode else (place,)
-        if task.changed and task.encode is None and not place.isfinite().all():
+        if task.changed and task.encode is None and not is_finite(place):
             raise ValueError(f"expected weights that are finite in {made[0].dtype}.")
     except ValueError as error:
         if not task.about or str(error).startswith(task.about):
@@ -438,6 +496,12 @@ def _make(
     for spec, data in zip(made, rows, strict=True):
         written += writing.write(spec.name, tensor_bytes(data), _offset(task, spec, matrix, start))
     return written
+
+
+def is_finite(values: Tensor) -> bool:
+    """Ten times as fast as torch.isfinite on bfloat16: NaN passes through the extremes."""
+    lowest, highest = torch.aminmax(values) if values.numel() else (values.new_zeros(()),) * 2
+    return bool(lowest.isfinite() & highest.isfinite())
 
 
 def _offset(task: Task, spec: Spec, matrix: int, start: int) -> int:
