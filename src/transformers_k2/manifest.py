@@ -32,6 +32,7 @@ SIZE_KEYS = (
 NULLABLE_KEYS = ("q_lora_rank", "n_shared_experts", "first_k_dense_replace")
 COUNT_KEYS = ("num_nextn_predict_layers", "moe_layer_freq")  # may be absent
 MAX_EXPERTS = 1_000_000  # K2 has 23,040; a config that asks for more is a mistake or an attack on memory
+MAX_LAYERS, MAX_EXPERTS_OF_A_LAYER = 1_000, 8_192  # K2 has 61 and 384; likewise
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 # quantization_config of the published checkpoints, for a config that has none.
@@ -171,6 +172,11 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if layers * text["n_routed_experts"] > MAX_EXPERTS:
         sizes = f"{layers} layers of {text['n_routed_experts']} experts"
         raise ValueError(f"The config has {sizes}: expected at most {MAX_EXPERTS:,} experts in all.")
+    if layers > MAX_LAYERS or text["n_routed_experts"] > MAX_EXPERTS_OF_A_LAYER:
+        sizes = f"{layers} layers of {text['n_routed_experts']} experts"
+        raise ValueError(
+            f"The config has {sizes}: expected at most {MAX_LAYERS:,} layers of {MAX_EXPERTS_OF_A_LAYER:,} experts."
+        )
     return text, WRAPPER_PREFIX if wrapped else ""
 
 

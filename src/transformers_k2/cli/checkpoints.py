@@ -99,6 +99,12 @@ def convert_command(
         str | None, typer.Option(help="config.json or a name in configs/, if SRC has none.")
     ] = None,
     ranks: Annotated[int, typer.Option(help="Model-parallel ranks, for layouts with a file for each.")] = 1,
+    container: Annotated[
+        str,
+        typer.Option(
+            help="safetensors, or dcp: a folder that torch.distributed.checkpoint loads (bf16 layouts)."
+        ),
+    ] = "safetensors",
     revision: Annotated[str | None, typer.Option(help="Of a hub id: a branch, tag or commit.")] = None,
     discard_source: Annotated[
         bool,
@@ -142,6 +148,7 @@ def convert_command(
         layout=layout,
         config=config,
         num_ranks=ranks,
+        container=container,
         shard_bytes=shard_bytes,
         memory=num_bytes(memory),
         dry_run=dry_run,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ from ..quantization import int4
 from . import hub
 from . import layout as layouts
 from .configs import linear_modules, target_config
+from .dcp import is_dcp
 from .engine import MEMORY, SHARD_BYTES, Share, write_files
 from .layout import Layout
 from .opened import CONFIG, Model, open_model, side_files
 from .plan import Plan, Target, make_plan
-from .staging import STAGING, check_destination, fingerprint
+from .staging import STAGING, check_destination, fingerprint, is_complete
 from .verify import distance
 from .weights import affine_encoder, fp8_encoder, int4_encoder
 
+CONTAINERS = ("safetensors", "dcp")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
@@ -93,6 +96,7 @@ class Output:
         dry_run: plan and check only.
         overwrite: replace what the destination holds, or drop an unfinished run of another kind.
         quiet: no progress bar; there is none either where stderr is no terminal.
+        container: of CONTAINERS: safetensors files with an index, or a folder of torch.distributed.checkpoint.
     """
 
     shard_bytes: int = SHARD_BYTES
@@ -101,6 +105,7 @@ class Output:
     dry_run: bool = False
     overwrite: bool = False
     quiet: bool = False
+    container: str = CONTAINERS[0]
 
 
 def convert(
@@ -116,6 +121,7 @@ def convert(
     layout: str | None = None,
     config: str | Path | None = None,
     num_ranks: int = 1,
+    container: str = CONTAINERS[0],
     shard_bytes: int = SHARD_BYTES,
     memory: int = MEMORY,
     dry_run: bool = False,
@@ -127,8 +133,8 @@ def convert(
     """Write the checkpoint `src` to the folder `dst` in another layout.
 
     Args:
-        src: a folder, a .safetensors file with its config.json beside it, the id of a hub repository, or, for a dry run, an
-            index.
+        src: a folder (of safetensors, or as torch.distributed.checkpoint writes it), a .safetensors file with its
+            config.json beside it, the id of a hub repository, or, for a dry run, an index.
         to: a layout, the stem of a file in conversion/.
         codec: "bf16", "fp8", "int4" or "affine" (MLX); by default the source's if the layout holds it, else the layout's
             first.
@@ -140,6 +146,8 @@ def convert(
         layout: of the source, if its names are not to be trusted.
         config: config.json of the model, or a name in configs/, if none stands beside the weights.
         num_ranks: of a layout with a file for each model-parallel rank.
+        container: "safetensors", or "dcp" for a folder that torch.distributed.checkpoint loads (unquantised weights only,
+            written by one process, not resumed).
         shard_bytes: that a file may have, unless a single tensor has more.
         memory: bytes that the work may take beside Python and its libraries.
         dry_run: plan and check only.
@@ -158,7 +166,7 @@ def convert(
     """
     dst = Path(dst)
     target = layouts.load(to)
-    output = Output(shard_bytes, memory, num_ranks, dry_run, overwrite, quiet)
+    output = Output(shard_bytes, memory, num_ranks, dry_run, overwrite, quiet, container)
     coding = Coding(codec, group_size, convention, recover, dtype=dtype)
     options = {"command": "convert", "to": to}
     found = hub.repository_id(src)
@@ -221,6 +229,7 @@ def write_model(
         source: what tells whether the source is still the same; by default its files' sizes and times.
     """
     target = make_target(model, layout, coding, output.num_ranks)
+    _check_container(dst, target, output, files)
     plan = make_plan(model, target, files, output.shard_bytes)
     summary = _summary(model, target, plan)
     if output.dry_run:
@@ -237,12 +246,26 @@ def write_model(
         "recover": coding.recover,
         "num_ranks": output.num_ranks,
         "shard_bytes": output.shard_bytes,
+        "container": output.container,
     }
     record = {
         "from": {**(source or {"folder": model.folder.name}), "layout": model.layout, "codec": model.codec},
         "to": told,
         "dropped": [{"name": name, "why": why, "tensors": num} for name, why, num in model.dropped],
     }
+    common: dict[str, Any] = {
+        "source": {**(source or fingerprint(model.folder, model.files)), "config": _digest(model.config)},
+        "options": told,
+        "beside": {**side_files(model.folder), CONFIG: (json.dumps(config, indent=2) + "\n").encode()},
+        "record": record,
+        "overwrite": output.overwrite,
+        "quiet": output.quiet,
+    }
+    if output.container == "dcp":
+        from .dcp_writer import write_dcp
+
+        write_dcp(plan.files, dst, **common)
+        return summary
     streamed = files if isinstance(files, hub.StreamedFiles) else None
     if streamed is not None:
         share = Share.of_environment()
@@ -251,17 +274,17 @@ def write_model(
     num_resumed = write_files(
         plan.files,
         dst,
-        source=source or fingerprint(model.folder, model.files),
-        options=told,
-        beside={**side_files(model.folder), CONFIG: (json.dumps(config, indent=2) + "\n").encode()},
-        record=record,
+        **common,
         index=layout.files is None,
         memory=output.memory,
-        overwrite=output.overwrite,
-        quiet=output.quiet,
         finished=streamed.written if streamed is not None else None,
     )
     return summary._replace(num_resumed=num_resumed)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Tells one config.json from another, wherever it came from (`config`)."""
+    return f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}"
 
 
 def make_target(model: Model, layout: Layout, coding: Coding, num_ranks: int = 1) -> Target:
@@ -337,6 +360,30 @@ def check_repeated(model: Model, layout: Layout) -> None:
                 f"{name} differs from {other}, which {layout.name} has in its place: expected a copy, or a layout with "
                 "room for both."
             )
+
+
+def _check_container(dst: Path, target: Target, output: Output, files: OpenFiles) -> None:
+    """Raises: ValueError: no such container, one that cannot hold the target, or a destination that holds another."""
+    if output.container not in CONTAINERS:
+        raise ValueError(f"container is {output.container!r}: expected one of {', '.join(CONTAINERS)}.")
+    if output.container == "dcp":
+        if target.codec != "bf16" or target.num_ranks > 1:
+            what = f"{target.num_ranks} ranks" if target.num_ranks > 1 else target.codec
+            raise ValueError(f"container is 'dcp', but the weights are of {what}: expected bf16, and 1 rank.")
+        if isinstance(files, hub.StreamedFiles) and not output.dry_run:
+            raise ValueError(
+                "container is 'dcp', which is not resumed: expected a source that is not deleted while it is read."
+            )
+        if others := sorted(path.name for path in dst.glob("*.safetensors")):
+            raise ValueError(
+                f"{dst} holds {others[0]}: expected another folder for torch.distributed.checkpoint's files."
+            )
+    published = is_dcp(dst) and not is_complete(dst / STAGING)
+    if published and (output.container != "dcp" or not output.overwrite):
+        more = ", or overwrite (--overwrite)" if output.container == "dcp" else ""
+        raise ValueError(
+            f"{dst} holds a checkpoint of torch.distributed.checkpoint: expected another folder{more}."
+        )
 
 
 def _by_rule(model: Model, rule: Quantization) -> Iterable[str]:

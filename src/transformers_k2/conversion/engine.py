@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import DTYPE_BITS, TensorInfo
+from ..checkpoint import DTYPE_BITS, CheckpointError, TensorInfo
 from ..files import put_in_place, temporary_name, write_text
 from ..lazy_tensors import LazyTensor, OpenFiles, Stored
 from . import staging
@@ -128,7 +128,12 @@ class Share(NamedTuple):
     @classmethod
     def of_environment(cls) -> Share:
         """As `accelerate launch` and torchrun say it; a process of its own where they did not start it."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        rank, num_ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and num_ranks.isdecimal() and int(rank) < int(num_ranks)):
+            raise ValueError(
+                f"RANK is {rank!r} and WORLD_SIZE {num_ranks!r}: expected a number below the second, or neither."
+            )
+        return cls(int(rank), int(num_ranks))
 
 
 def write_files(
@@ -274,8 +279,12 @@ class _Writing:
         self.num_left, self.all_known, self.num_unflushed = 0, False, 0
         self.temporary = temporary_name(path)
         self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        write_at(self.descriptor, self.start, 0)
-        os.ftruncate(self.descriptor, len(self.start) + file.num_bytes)
+        try:
+            write_at(self.descriptor, self.start, 0)
+            os.ftruncate(self.descriptor, len(self.start) + file.num_bytes)
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, name: str, data: Any, offset: int) -> int:
         """Bytes of a tensor from `offset` on; their number."""
@@ -297,7 +306,7 @@ class _Writing:
 
     def finish(self) -> None:
         """Flush it and give it its name, its checksums before it."""
-        os.close(self.descriptor)
+        self._close()
         sums = {}
         for spec in self.file.specs:
             crc, end = 0, 0
@@ -311,8 +320,14 @@ class _Writing:
 
     def discard(self) -> None:
         """Remove what was written."""
-        os.close(self.descriptor)
+        self._close()
         self.temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        """Once: the number may be another file's afterwards."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _write(
@@ -488,8 +503,10 @@ def _make(
         rows = task.encode(place.view(place.shape[-2:])) if task.encode else (place,)
         if task.changed and task.encode is None and not is_finite(place):
             raise ValueError(f"expected weights that are finite in {made[0].dtype}.")
+    except CheckpointError:  # it names the file
+        raise
     except ValueError as error:
-        if not task.about or str(error).startswith(task.about):
+        if not task.about:
             raise
         raise ValueError(f"{task.about}, rows {start} to {max(start, stop - 1)}: {error}") from None
     written = 0

@@ -37,12 +37,13 @@ from ..manifest import (
     split_config,
 )
 from ..quantization.codecs import int4_pack
+from . import dcp
 from . import layout as layouts
 from .arrange import Heads, backward
 from .engine import RECORD
 from .layout import PARTS, Group, Layout, Shape
 from .report import fold
-from .staging import check_finished
+from .staging import STAGING, check_finished, is_complete
 from .weights import FLOATS, Weight
 
 CONFIG = "config.json"
@@ -50,6 +51,17 @@ CONFIG = "config.json"
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 _SIDE_NAMES = ("LICENSE", "NOTICE")
 _NOT_COPIED = (CONFIG, "adapter_config.json", RECORD)
+# What parts of a quantised weight may be, by codec and local name: another type of the same width would be misread.
+_PART_DTYPES: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("fp8", "weight"): ("F8_E4M3",),
+    ("fp8", "weight_scale_inv"): FLOATS,
+    ("int4", "weight_packed"): ("I32",),
+    ("int4", "weight_scale"): FLOATS,
+    ("int4", "weight_shape"): ("I32", "I64"),
+    ("affine", "weight"): ("U32",),
+    ("affine", "scales"): FLOATS,
+    ("affine", "biases"): FLOATS,
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Model:
     codec: str
     names: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Weight]
-    extras: Mapping[str, TensorInfo] = field(default_factory=dict)
+    extras: Mapping[str, TensorInfo | LazyTensor] = field(default_factory=dict)
     dropped: tuple[tuple[str, str, int], ...] = ()
     coded: frozenset[str] = frozenset()
     group_size: int = 0
@@ -110,10 +122,11 @@ class _Files:
     """Tensors by name; of a layout with model-parallel ranks, one of each name a rank."""
 
     folder: Path
-    tensors: Mapping[str, TensorInfo | None]
+    tensors: Mapping[str, TensorInfo | LazyTensor | None]
     ranks: Sequence[Mapping[str, TensorInfo]]
     files: tuple[Path, ...]
     layout: str | None = None  # that the files' names prove
+    dropped: tuple[tuple[str, str, int], ...] = ()
 
 
 @no_collector()
@@ -128,7 +141,8 @@ def open_model(
     """The model in a checkpoint.
 
     Args:
-        path: a folder, a .safetensors file with a config.json beside it, or an index (names only).
+        path: a folder, of safetensors or as torch.distributed.checkpoint writes it; a .safetensors file with a config.json
+            beside it; or an index (names only).
         files: open while weights are read.
         layout: of conversion/*.yaml, instead of the one that the names show.
         config: of the model, if none stands beside the weights.
@@ -139,9 +153,17 @@ def open_model(
             nothing claims.
     """
     path = Path(path)
-    found = _names_of(path) if names_only or path.name.endswith(INDEX_SUFFIX) else _files_of(path)
+    if dcp.is_dcp(path):
+        found = _dcp_of(path, files, layout)
+    else:
+        found = _names_of(path) if names_only or path.name.endswith(INDEX_SUFFIX) else _files_of(path)
     loaded = _config_of(found.folder, config)
     text, wrapper = split_config(loaded)
+    classes = text.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        raise CheckpointError(
+            f"config.json has architectures {str(classes)[:60]!r}: expected a list of names."
+        )
     names = found.tensors
     chosen = layouts.load(layout) if layout else _detect(names, found.layout)
     if wrapper and chosen.config != "k25" and chosen.hub_names and any(map(_wrapped, names)):
@@ -226,7 +248,7 @@ class _Opening:
             names={name: shape for name, (shape, _) in self.expected.items()},
             read=self._weight,
             extras=extras,
-            dropped=dropped,
+            dropped=(*self.found.dropped, *dropped),
             coded=coded,
             group_size=self._weight(f"{min(coded)}.weight").group_size if packed else 0,
             folder=self.found.folder,
@@ -281,12 +303,12 @@ class _Opening:
             return codec
         return None
 
-    def _leftovers(self) -> tuple[dict[str, TensorInfo], tuple[tuple[str, str, int], ...]]:
+    def _leftovers(self) -> tuple[dict[str, TensorInfo | LazyTensor], tuple[tuple[str, str, int], ...]]:
         """Extras and what is dropped; an error if something is neither."""
         left = [name for name in self.found.tensors if name not in self.claimed]
         optional = {self.layout.prefix + name for name in optional_tensors(self.text)}
         drops = [(drop.pattern, drop) for drop in self.layout.drop]
-        extras: dict[str, TensorInfo] = {}
+        extras: dict[str, TensorInfo | LazyTensor] = {}
         dropped: Counter[tuple[str, str]] = Counter()
         unclaimed = []
         for name in left:
@@ -333,7 +355,7 @@ class _Opening:
         if self.promised:
             return self._promised_weight(name, codec)
         if codec == "bf16":
-            here = [self._tensor(one, group) for one in group.here]
+            here = [self._whole(one, group) for one in group.here]
             return Weight(name, codec, {"weight": backward(group, here, position, self.heads)})
         if (
             group.row.op is not None
@@ -344,26 +366,74 @@ class _Opening:
         for local in PARTS[codec]:
             stored = self.layout.part(group.here[0], local)
             if stored in self.found.tensors and local != "weight_shape":
-                parts[local] = backward(group, [self._tensor(stored, group)], position, self.heads)
+                parts[local] = backward(
+                    group, [self._whole(stored, group, codec, local)], position, self.heads
+                )
             elif local == "weight_shape" and stored in self.found.tensors:
                 parts[local] = self._tensor(stored, group)
+                self._check_dtype(stored, parts[local], codec, local)
+        if codec == "affine":
+            self._check_groups(name, parts)
         return Weight(name, codec, parts, self.block)
 
     def _decoded_stack(self, name: str, group: Group) -> LazyTensor:
         """MLX's groups in a stack [heads, out, in], multiplied out."""
-        parts = {local: self._tensor(self.layout.part(name, local), group) for local in PARTS["affine"]}
+        parts = {
+            local: self._whole(self.layout.part(name, local), group, "affine", local)
+            for local in PARTS["affine"]
+        }
         heads = [
-            Weight(name, "affine", {local: Entry(part, head) for local, part in parts.items()}).values()
-            for head in range(self.heads.num)
+            {local: Entry(part, head) for local, part in parts.items()} for head in range(self.heads.num)
         ]
-        return Stack(name, heads)
+        self._check_groups(name, heads[0])
+        return Stack(name, [Weight(name, "affine", head).values() for head in heads])
+
+    def _whole(self, name: str, group: Group, codec: str = "bf16", local: str = "") -> LazyTensor:
+        """A tensor of the layout, or a part of it, with as many dimensions and entries as `backward` counts on."""
+        tensor = self._tensor(name, group)
+        self._check_dtype(name, tensor, codec, local)
+        num_dims, num = len(self.expected[group.members[0]][0]), None
+        if group.row.stacked:
+            num_dims, num = num_dims + 1, len(group.members) // len(group.row.hub)
+        elif group.row.op is not None:
+            num_dims, num = num_dims + 1, self.heads.num
+        if len(tensor.shape) != num_dims or num not in (None, tensor.shape[0]):
+            entries = "" if num is None else f", the first of {num}"
+            raise CheckpointError(
+                f"{self.found.folder}: {name} has shape {list(tensor.shape)}, but config.json asks for {num_dims} "
+                f"dimensions{entries}."
+            )
+        return tensor
+
+    def _check_dtype(self, name: str, tensor: LazyTensor, codec: str, local: str) -> None:
+        wanted = _PART_DTYPES.get((codec, local))
+        if wanted is not None and tensor.get_dtype() not in wanted:
+            raise CheckpointError(
+                f"{self.found.folder}: {name} is {tensor.get_dtype()}: expected {' or '.join(wanted)}."
+            )
+
+    def _check_groups(self, name: str, parts: Mapping[str, LazyTensor]) -> None:
+        """MLX's groups divide the matrix."""
+        rows, words = parts["weight"].shape
+        for local in ("scales", "biases"):
+            num_rows, num = parts[local].shape
+            if num_rows != rows or not num or words * int4_pack.PER_INT32 % num:
+                raise CheckpointError(
+                    f"{self.found.folder}: the {local} {[num_rows, num]} of {name} do not divide a "
+                    f"{[rows, words * int4_pack.PER_INT32]} weight into groups."
+                )
 
     def _tensor(self, name: str, group: Group) -> LazyTensor:
         if not self.found.ranks:
             info = self.found.tensors[name]
             assert info is not None
-            return Stored(info, self.files)
+            return info if isinstance(info, LazyTensor) else Stored(info, self.files)
         held = [Stored(rank[name], self.files) for rank in self.found.ranks if name in rank]
+        if odd := next((one for one in held if len(one.shape) != len(held[0].shape) or not one.shape), None):
+            raise CheckpointError(
+                f"{odd.info.shard}: {name} has shape {list(odd.shape)}, that of the first rank {list(held[0].shape)}: "
+                "expected parts of one tensor."
+            )
         if group.row.split in (None, "experts") and not group.row.stacked:
             return held[0]
         if len(held) == 1 and group.row.split is None:
@@ -396,48 +466,60 @@ class _Opening:
 
 
 def _detect(names: Iterable[str], proven: str | None) -> Layout:
-    """The layout whose table claims most of the names; of equals the one with the fewest names of its own.
+    """The layout of these names.
 
     Raises:
         CheckpointError: none claims half of them.
     """
     if proven is not None:
         return layouts.load(proven)
-    kinds = Counter(map(layouts.kind_of, names))
-    for extra in [kind for kind in kinds if kind.startswith(WRAPPER_EXTRAS)]:
-        del kinds[extra]
-    suffixes = {kind.rpartition(".")[2] for kind in kinds}
-    codec = "int4" if "weight_packed" in suffixes else "fp8" if "weight_scale_inv" in suffixes else "bf16"
-    scores = []
-    for number, name in enumerate(layouts.names()):
-        layout = layouts.load(name)
-        claimed = layout.kinds()
-        score = sum(num for kind, num in kinds.items() if kind in claimed)
-        scores.append((score, codec in layout.codecs, -len(layout.codecs), -number, layout))
-    best = max(scores, key=lambda one: one[:4])
-    if 2 * best[0] <= kinds.total():
+    kinds = Counter(layouts.kind_of(name) for name in names if not name.startswith(WRAPPER_EXTRAS))
+    if (found := layouts.detect(kinds)) is None:
         examples = ", ".join(entry.pattern for entry in fold(names)[:3])
         raise CheckpointError(
             f"No layout claims these names ({examples}, ...): expected one of {', '.join(layouts.names())}."
         )
-    return best[-1]
+    return found
+
+
+def _dcp_of(path: Path, files: OpenFiles, layout: str | None) -> _Files:
+    """The tensors of a DCP folder, without what wraps the model's names."""
+    if is_complete(path / STAGING):
+        check_finished(path)
+    if others := sorted(one.name for one in path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path} holds {dcp.METADATA} of torch.distributed.checkpoint and {others[0]}: expected one checkpoint."
+        )
+    tables = [layouts.load(name).kinds for name in ([layout] if layout else layouts.names())]
+    contents = dcp.open_dcp(path, files)
+    tensors, dropped = dcp.model_names(
+        contents,
+        lambda kinds: max(sum(num for kind, num in kinds.items() if kind in table) for table in tables),
+    )
+    return _Files(path, tensors, (), contents.files, dropped=dropped)
 
 
 def _files_of(path: Path) -> _Files:
     """The tensors in a folder or file, from headers."""
     if path.is_dir():
         check_finished(path)
-        for name in layouts.names():
-            layout = layouts.load(name)
-            if layout.files is None:
-                continue
-            if (ranks := _rank_files(path, layout.files)) is not None:
-                headers = [read_header(file)[0] for file in ranks]
-                tensors = {name: info for header in reversed(headers) for name, info in header.items()}
-                return _Files(path, tensors, headers, tuple(ranks), name)
+        if (found := rank_files(path)) is not None:
+            layout, ranks = found
+            headers = [read_header(file)[0] for file in ranks]
+            tensors = {name: info for header in reversed(headers) for name, info in header.items()}
+            return _Files(path, tensors, headers, tuple(ranks), layout)
     checkpoint = Checkpoint.open(path)
     folder = path if path.is_dir() else path.parent
     return _Files(folder, checkpoint.tensors, (), tuple(checkpoint.shards))
+
+
+def rank_files(folder: Path) -> tuple[str, list[Path]] | None:
+    """The layout whose model-parallel ranks have their files in a folder, and those files; None if there are none."""
+    for name in layouts.names():
+        pattern = layouts.load(name).files
+        if pattern is not None and (ranks := _rank_files(folder, pattern)) is not None:
+            return name, ranks
+    return None
 
 
 def _rank_files(folder: Path, pattern: str) -> list[Path] | None:
@@ -490,6 +572,10 @@ def _config_of(folder: Path, given: str | Path | None) -> dict[str, Any]:
 
 def _block(text: Mapping[str, Any]) -> tuple[int, int]:
     spec = text.get("quantization_config") or {}
+    if not isinstance(spec, Mapping):
+        raise CheckpointError(
+            f"config.json has quantization_config {str(spec)[:60]!r}: expected a JSON object."
+        )
     if spec.get("quant_method") != "fp8":
         return 128, 128
     return quantization_of({"quantization_config": spec}).block

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..checkpoint import CheckpointError, no_collector
+from ..checkpoint import CheckpointError, TensorInfo, no_collector
 from ..lazy_tensors import DTYPES, NAMES, LazyTensor, Narrow, OpenFiles, Stored
 from .arrange import forward
 from .engine import SHARD_BYTES, Entry, File, Spec, Task, copied, in_shards, one_file
@@ -100,10 +100,7 @@ def make_plan(model: Model, target: Target, files: OpenFiles, shard_bytes: int =
         for rank in range(target.num_ranks)
     ]
     extras = {} if target.layout.config != "k25" else model.extras
-    copies = [
-        Entry((Spec(name, info.dtype, info.shape),), lambda info=info: [copied(info, files)])
-        for name, info in extras.items()
-    ]
+    copies = [_copy(name, extra, files) for name, extra in extras.items()]
     counts: Counter[str] = Counter()
     for made in by_rank:
         for one in made:
@@ -272,6 +269,14 @@ class _Planner:
                 f"{block}; expected fewer ranks, so that FP8 blocks stay whole."
             )
         return Narrow(value, dim, rank * each, (rank + 1) * each)
+
+
+def _copy(name: str, extra: TensorInfo | LazyTensor, files: OpenFiles) -> Entry:
+    """A tensor beside the language model, as it is."""
+    if not isinstance(extra, LazyTensor):
+        return Entry((Spec(name, extra.dtype, extra.shape),), lambda: [copied(extra, files)])
+    spec = Spec(name, extra.get_dtype(), extra.shape)
+    return Entry((spec,), lambda: [Task((spec,), extra)])
 
 
 def _is_copy(task: Task) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..files import replacing, sync, write_text
 
 INDEX = f"model{INDEX_SUFFIX}"
 SINGLE = "model.safetensors"
+METADATA = ".metadata"  # of torch.distributed.checkpoint
 STAGING = ".unfinished"
 _RUN, _PUBLISHING, _OLD_REMOVED, _LOCK = "run.json", "publishing", "old_removed", "lock"
 _PATIENCE = 600  # seconds that a process waits for the first
@@ -41,11 +43,19 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         )
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"The destination {destination} is a file: expected a folder, or a new name.")
-    holds_weights = (destination / INDEX).exists() or any(destination.glob("*.safetensors"))
-    if holds_weights and not overwrite and not (destination / STAGING / _PUBLISHING).exists():
+    if not (destination / STAGING / _PUBLISHING).exists():
+        _check_no_weights(destination, overwrite)
+
+
+def _check_no_weights(destination: Path, overwrite: bool) -> None:
+    if not overwrite and _holds_weights(destination):
         raise ValueError(
             f"{destination} holds weights already: expected another folder, or overwrite (--overwrite)."
         )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (INDEX, METADATA)) or any(folder.glob("*.safetensors"))
 
 
 def open_staging(staging: Path, run: dict[str, Any], overwrite: bool, rank: int) -> None:
@@ -54,7 +64,8 @@ def open_staging(staging: Path, run: dict[str, Any], overwrite: bool, rank: int)
     The first of several processes makes it; the others wait for that.
 
     Raises:
-        ValueError: a run of another source or with other options, or the first process did not come.
+        ValueError: a run of another source or with other options, or one that is still at work; weights that came to the
+            destination meanwhile; or the first process did not come.
     """
     record = staging / _RUN
     if rank:
@@ -67,6 +78,19 @@ def open_staging(staging: Path, run: dict[str, Any], overwrite: bool, rank: int)
                 )
             time.sleep(0.1)
         return
+    if not staging.exists():
+        _check_no_weights(staging.parent, overwrite)  # of another process, that finished meanwhile
+    with full_disk(staging.parent):
+        staging.mkdir(parents=True, exist_ok=True)
+        with locked(staging, rank):  # of two that come at once, one decides
+            _claim(staging, run, overwrite)
+
+
+def _claim(staging: Path, run: dict[str, Any], overwrite: bool) -> None:
+    """Go on with what is there, or drop it and begin anew."""
+    if not is_complete(staging):
+        _check_no_weights(staging.parent, overwrite)
+    record, own = staging / _RUN, f"{_LOCK}.0"
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         if before == run:
@@ -78,9 +102,12 @@ def open_staging(staging: Path, run: dict[str, Any], overwrite: bool, rank: int)
                 f"{staging.parent} holds an unfinished run with {told[0]}{changed}, but this one has {told[1]}: repeat "
                 f"that one to finish it, or overwrite (--overwrite) to drop it."
             )
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    with ExitStack() as others:
+        for lock in staging.glob(f"{_LOCK}.*"):
+            if lock.name != own:  # what is dropped is nobody's work
+                others.enter_context(locked(staging, int(lock.suffix[1:])))
+        for path in [one for one in staging.iterdir() if one.name != own]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_text(record, json.dumps(run))
 
 
@@ -91,15 +118,20 @@ def locked(staging: Path, rank: int) -> Iterator[None]:
     Raises:
         ValueError: one does.
     """
-    with (staging / f"{_LOCK}.{rank}").open("w") as file:
+    path = staging / f"{_LOCK}.{rank}"
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(path.open("w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.stat().st_ino == os.fstat(file.fileno()).st_ino  # not of a folder that was removed
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
                 raise
+            ours = False
+        if not ours:
             raise ValueError(
                 f"{staging.parent} is being written by another process: expected to be the only one."
-            ) from None
+            )
         yield
 
 
@@ -109,16 +141,16 @@ def is_complete(staging: Path) -> bool:
 
 
 def fingerprint(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """What tells whether the source is still the same."""
-    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)]
+    """What tells whether the source is still the same: its config.json counts as its weights do."""
+    paths = [*sorted(files), *folder.glob("config.json")]
+    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return {"folder": str(folder.resolve()), "files": sizes}
 
 
 def check_finished(folder: Path) -> None:
     """Raises: CheckpointError: a conversion into this folder was cut short."""
     staging = folder / STAGING
-    holds_weights = (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
-    if staging.exists() and (is_complete(staging) or not holds_weights):
+    if staging.exists() and (is_complete(staging) or not _holds_weights(folder)):
         raise CheckpointError(
             f"{folder} holds an unfinished conversion: expected a checkpoint; repeat its command to finish it."
         )
@@ -148,12 +180,14 @@ def nothing_left_of_nothing(staging: Path, shards: Iterable[str], num_processes:
 
 @contextmanager
 def full_disk(destination: Path) -> Iterator[None]:
-    """Say what to do when the disk is full."""
+    """Say what to do when the disk is full, or fails."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise ValueError(
+                f"{destination} cannot be finished ({error}): mend that and repeat the command."
+            ) from error
         raise ValueError(
             f"{destination} is full ({error.strerror}): free some space and repeat the command."
         ) from error
@@ -178,6 +212,9 @@ def publish(
             path.unlink()
         (staging / _OLD_REMOVED).touch()
         sync(staging)
+    for name in (*files, INDEX):  # what a run that was killed here had half-written
+        for path in destination.glob(f".{glob.escape(name)}.*.tmp"):
+            path.unlink()
     for name, content in files.items():
         with replacing(destination / name) as temporary:
             if isinstance(content, Path):
@@ -191,4 +228,4 @@ def publish(
     if index is not None:
         write_text(destination / INDEX, index)
     (staging / _PUBLISHING).unlink()  # complete: what is left of the folder means nothing
-    shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)  # another process may be looking for its lock there
