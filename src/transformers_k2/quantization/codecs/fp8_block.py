@@ -20,6 +20,8 @@ from torch.nn.functional import pad
 NAMES = ("weight", "weight_scale_inv")
 _FLOAT32_BITS = 0x87F00000 - (1 << 32)  # the sign, four bits of exponent and three of mantissa, as an int32
 _LARGEST = 448.0
+_NAN = 0x7F  # of either sign
+_BAND = 1 << 17  # numbers decoded at a time
 _SMALLEST = 2.0**-9  # the first subnormal
 _NUM_MAGNITUDES = 127  # of finite codes, zero among them
 # Whatever the codes of a block, they can be doubled until the largest is one of these (240 no further: 480 is no code).
@@ -51,17 +53,27 @@ def decode(
     if out is None:
         out = torch.empty(rows, cols, dtype=dtype, device=weight.device)
     bytes_ = weight.view(torch.int8)
-    column_scale = scale_inv.float().repeat_interleave(block[1], dim=1)[:, :cols]  # (blocks_out, in)
-    buffer = torch.empty(min(block[0], rows), cols, dtype=torch.int32, device=weight.device)
-    for index in range(grid[0]):  # one band of rows at a time: the float32 copy stays in cache
-        band = slice(index * block[0], min((index + 1) * block[0], rows))
-        bits = buffer[: band.stop - band.start].copy_(bytes_[band])
-        # e4m3's exponent and mantissa in float32's places are the value times 2^-120: eight times faster than a cast.
-        bits.bitwise_left_shift_(20).bitwise_and_(_FLOAT32_BITS)
-        values = bits.view(torch.float32).mul_(2.0**120)
-        if values.abs().amax() > _LARGEST:  # e4m3fn has no infinity; its two NaN bytes would read as 480
-            values.masked_fill_(values.abs() > _LARGEST, torch.nan)
-        out[band] = values.mul_(column_scale[index])
+    # e4m3's exponent and mantissa in float32's places are the value times 2^-120: eight times faster than a cast. The
+    # factor goes into the scale, unless that would overflow; the products are exact but for one rounding.
+    scale, late = scale_inv.float(), 2.0**120
+    if not scale.numel() or float(scale.abs().amax()) < 2.0**7:
+        scale, late = scale * late, 1.0
+    column_scale = scale.repeat_interleave(block[1], dim=1)[:, :cols]  # (blocks_out, in)
+    num_rows = max(1, min(_BAND // max(1, cols), block[0], rows))
+    buffer = torch.empty(num_rows, cols, dtype=torch.int32, device=weight.device)
+    for start in range(0, rows, block[0]):
+        stop = min(start + block[0], rows)
+        for first in range(start, stop, num_rows):  # a few rows at a time: the float32 copy stays in cache
+            band = slice(first, min(first + num_rows, stop))
+            bits = buffer[: band.stop - band.start].copy_(bytes_[band])
+            values = bits.bitwise_left_shift_(20).bitwise_and_(_FLOAT32_BITS).view(torch.float32)
+            if late != 1.0:
+                values.mul_(late)
+            out[band] = values.mul_(column_scale[start // block[0]])
+    if (
+        weight.numel() and int(bytes_.bitwise_and(_NAN).amax()) == _NAN
+    ):  # no infinity, but two NaN, read as 480 so far
+        out.masked_fill_(bytes_.bitwise_and(_NAN) == _NAN, torch.nan)
     return out
 
 
