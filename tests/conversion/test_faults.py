@@ -371,7 +371,7 @@ def test_a_shard_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A bad sector half-way."""
-    real, dst, count = os.preadv, tmp_path / "dst", 0
+    real, dst, count, expected = os.preadv, tmp_path / "dst", 0, whole("fused")
 
     def failing(descriptor: int, buffers: Any, offset: int) -> int:
         nonlocal count
@@ -383,9 +383,9 @@ def test_a_shard_that_cannot_be_read(
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", failing)
         message = r"model-\d-of-3.safetensors cannot be read at byte [\d,]+: Input/output error"
-        with refused(src, dst, message, whole("fused")):
+        with refused(src, dst, message, expected):
             works["fused"](dst)
-    finished(works["fused"], dst, whole("fused"))
+    finished(works["fused"], dst, expected)
 
 
 # --- what a source may be

@@ -296,3 +296,28 @@ def test_the_real_models_plan(
     elif name == "mlx":
         assert summary.num_bytes == 657_623_228_416  # INT4's 594 GB, and a bias of two bytes for each group
     assert not (tmp_path / "dst").exists()
+
+
+def test_what_stands_beside_the_weights(plain: dict[str, Tensor], tmp_path: Path) -> None:
+    """The hub's spelling of a config that transformers saved; what readers assume otherwise is said; no code is named."""
+    rope = {"rope_theta": 5e4, "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+    config = checkpoints.hub_config()
+    for key in ("rope_scaling", "rope_theta", "torch_dtype", "scoring_func", "topk_method"):
+        config.pop(key, None)
+    config |= {"rope_parameters": rope, "dtype": "bfloat16", "auto_map": {"AutoConfig": "x.Y"}}
+    src = checkpoints.write(tmp_path / "src", plain, config | {"architectures": ["KimiK2ForCausalLM"]})
+    named = {
+        "tokenizer_class": "TikTokenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.T", None]},
+    }
+    (src / "tokenizer_config.json").write_text(json.dumps(named))
+    convert(src, tmp_path / "dst", "hub_fp8")
+    told = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert told["rope_scaling"] == {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+    assert (told["rope_theta"], told["torch_dtype"]) == (5e4, "bfloat16")
+    assert (told["scoring_func"], told["topk_method"]) == ("sigmoid", "noaux_tc")
+    assert told["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert told["quantization_config"]["weight_block_size"] == [128, 128]
+    assert not {"rope_parameters", "dtype", "auto_map"} & told.keys()
+    tokenizer = json.loads((tmp_path / "dst" / "tokenizer_config.json").read_text())
+    assert tokenizer == {"tokenizer_class": "TikTokenTokenizer"}

@@ -85,7 +85,7 @@ def export_adapter(
         config = _write_serving(adapter, dst) if form == "serving" else _write_peft(adapter, dst)
     for name, path in side_files(adapter.folder).items():
         with replacing(dst / name) as temporary:
-            temporary.write_bytes(path.read_bytes())
+            temporary.write_bytes(path.read_bytes() if isinstance(path, Path) else path)
     write_text(dst / CONFIG, json.dumps(config, indent=2) + "\n")
     return config
 

@@ -14,6 +14,8 @@ from .plan import Target
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # What the hub's K2 configs name, and engines know; transformers goes by model_type.
 _ARCHITECTURES = {"KimiK2ForCausalLM": "DeepseekV3ForCausalLM"}
+# What transformers' DeepSeek-V3 takes for granted and leaves out; llama.cpp takes softmax where nothing is said.
+_ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _OF_THE_OLD_WEIGHTS = ("quantization_config", "quantization", "auto_map")
 
 
@@ -35,7 +37,7 @@ def target_config(model: Model, target: Target, group_size: int) -> dict[str, An
     if target.layout.mtp is None or not model.text.get("num_nextn_predict_layers"):
         text |= {"num_nextn_predict_layers": 0} if text.get("num_nextn_predict_layers") else {}
     if target.layout.name != "transformers_fused":
-        text = hub_keys(text)
+        text = _ROUTING | hub_keys(text)
     dtype = _TORCH[target.dtype or ("BF16" if model.codec != "bf16" else target.base)]
     for key in ("torch_dtype", "dtype"):
         if text.get(key):

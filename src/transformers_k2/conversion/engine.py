@@ -275,7 +275,7 @@ class _Writing:
         self.path, self.file = path, file
         self.start, self.positions = header(file.specs, {"format": "pt"})
         self.sums: dict[str, list[tuple[int, int, int]]] = {spec.name: [] for spec in file.specs}
-        self.lock = threading.Lock()
+        self.lock, self.turn = threading.Lock(), threading.Lock()
         self.num_left, self.all_known, self.num_unflushed = 0, False, 0
         self.temporary = temporary_name(path)
         self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -289,8 +289,9 @@ class _Writing:
     def write(self, name: str, data: Any, offset: int) -> int:
         """Bytes of a tensor from `offset` on; their number."""
         num_bytes = memoryview(data).nbytes
-        write_at(self.descriptor, data, self.positions[name] + offset)
         entry = offset, num_bytes, zlib.crc32(data)
+        with self.turn:  # the file system would let them in one by one, too, but spinning
+            write_at(self.descriptor, data, self.positions[name] + offset)
         with self.lock:
             self.sums[name].append(entry)
         return num_bytes

@@ -7,6 +7,7 @@ beside its language model. Anything else is an error that lists it before a byte
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ from .report import fold
 from .staging import STAGING, check_finished, is_complete
 from .weights import FLOATS, Weight
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 # What stands beside weights and is safe to copy: no code, no pickles.
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 _SIDE_NAMES = ("LICENSE", "NOTICE")
@@ -177,11 +178,14 @@ def open_model(
     return _Opening(found, files, chosen, loaded, text).model()
 
 
-def side_files(folder: Path) -> dict[str, Path]:
-    """Tokenizer, templates, generation config, licence: what to copy along; neither code nor pickles nor links away."""
+def side_files(folder: Path) -> dict[str, bytes | Path]:
+    """Tokenizer, templates, generation config, licence: what to copy along; neither code nor pickles nor links away.
+
+    A tokenizer_config.json loses its `auto_map`, which names code that is not copied.
+    """
     if not folder.is_dir():
         return {}
-    return {
+    found: dict[str, bytes | Path] = {
         path.name: file_inside(folder, path.name)
         for path in sorted(folder.iterdir())
         if (path.suffix in _SIDE_SUFFIXES or (path.name.startswith(_SIDE_NAMES) and not path.suffix))
@@ -190,6 +194,10 @@ def side_files(folder: Path) -> dict[str, Path]:
         and not path.name.endswith(".index.json")
         and path.name not in _NOT_COPIED
     }
+    if TOKENIZER in found and "auto_map" in (content := read_json(folder / TOKENIZER)):
+        del content["auto_map"]
+        found[TOKENIZER] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return found
 
 
 class _Opening:
