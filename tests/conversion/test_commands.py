@@ -73,3 +73,13 @@ def test_the_memory_of_a_conversion_may_be_small(src: Path, tmp_path: Path) -> N
     )
     assert code == 0, told
     assert torch.get_num_threads() >= 1
+
+
+def test_an_adapter_is_converted_too(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    told = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "lora"), str(tmp_path / "dst"), "--to", "megatron"]
+    )
+    assert isinstance(told.exception, ValueError)
+    assert "form is 'megatron': expected one of serving, peft" in str(told.exception)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoints
 from conversion_results import problems, read, same, stray
@@ -321,3 +322,23 @@ def test_what_stands_beside_the_weights(plain: dict[str, Tensor], tmp_path: Path
     assert not {"rope_parameters", "dtype", "auto_map"} & told.keys()
     tokenizer = json.loads((tmp_path / "dst" / "tokenizer_config.json").read_text())
     assert tokenizer == {"tokenizer_class": "TikTokenTokenizer"}
+
+
+def test_ranks_hold_what_torch_would_cut(plain: dict[str, Tensor], tmp_path: Path) -> None:
+    src = checkpoints.write(tmp_path / "src", plain, checkpoints.hub_config())
+    cut = {"embed_tokens": 0, "lm_head": 0, "q_b_proj": 0, "kv_b_proj": 0, "o_proj": 1}
+    cut |= {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+    for name in ("hub_tp", "hub_ep"):
+        convert(src, tmp_path / name, name, codec="bf16", num_ranks=2)
+        for rank in range(2):
+            found = load_file(tmp_path / name / f"model-{name[-2:]}{rank}-of-2.safetensors")
+            expected = {}
+            for key, value in plain.items():
+                expert = re.search(r"experts\.(\d+)\.", key)
+                if name == "hub_ep":
+                    if expert is None or int(expert[1]) // 3 == rank:
+                        expected[key] = value
+                else:
+                    dim = cut.get(key.split(".")[-2])
+                    expected[key] = value if dim is None else value.chunk(2, dim)[rank].contiguous()
+            same(found, expected)

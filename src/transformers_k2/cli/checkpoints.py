@@ -72,8 +72,8 @@ def convert_command(
     to: Annotated[
         str,
         typer.Option(
-            help="A layout: hub_bf16, hub_fp8, hub_int4, k25_int4, transformers_fused, deepseek_inference, megatron, "
-            "torchtitan, mlx; the files in conversion/."
+            help="A layout: hub_bf16, hub_fp8, hub_int4, hub_ep, hub_tp, k25_int4, transformers_fused, deepseek_inference, "
+            "megatron, torchtitan, mlx, or the path of a table; of a LoRA folder: peft or serving."
         ),
     ],
     codec: Annotated[
@@ -134,6 +134,9 @@ def convert_command(
 
       k2 convert moonshotai/Kimi-K2-Instruct kimi-int4 --to hub_int4 --discard-source
     """
+    if (Path(src) / "adapter_config.json").is_file():
+        adapter_command(Path(src), dst, to, overwrite)
+        return
     from ..conversion import convert
 
     summary = convert(
