@@ -31,7 +31,7 @@ from test_peft import (
     stock,
     upstream_function,
 )
-from transformers_k2 import peft_mapping
+from transformers_k2 import packed_lora, peft_mapping
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
@@ -185,9 +185,9 @@ def test_peft_reads_a_renamed_property() -> None:
 
 def test_the_seams_of_packed_experts() -> None:
     """What packed_lora.py wraps, and how PEFT finds parameters, its wrappers and custom modules."""
-    parameters = inspect.getsource(LoraModel._inject_parameters)
+    parameters = inspect.getsource(packed_lora._upstream_inject_parameters)
     assert "named_parameters" in parameters
-    assert list(inspect.signature(LoraModel._check_merge_allowed).parameters) == ["self"]
+    assert list(inspect.signature(packed_lora._upstream_check_merge_allowed).parameters) == ["self"]
     assert "_check_merge_allowed()" in inspect.getsource(LoraModel._unload_and_optionally_merge)
     assert "_custom_modules" in inspect.getsource(LoraModel._create_new_module)
     assert "auto_mapping" in {field.name for field in dataclasses.fields(LoraConfig)}

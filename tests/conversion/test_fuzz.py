@@ -395,9 +395,9 @@ def fuzz(bases: dict[str, Path], root: Path, seeds: range) -> Counter[str]:
 def test_damaged_headers_indexes_and_configs(bases: dict[str, Path], tmp_path: Path) -> None:
     seen = fuzz(bases, tmp_path, range(600))
     # The damages go deep enough to matter: some are harmless, most are not.
-    assert seen["open refused"] > 700
-    assert seen["verify done"] > 50
-    assert seen["convert done"] > 10
+    assert seen["open refused"] > 300
+    assert seen["verify done"] > 20
+    assert seen["convert done"] > 4
 
 
 @pytest.mark.parametrize(
