@@ -24,7 +24,7 @@ import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2 import KimiK2ForCausalLM
 from transformers_k2.cli import app
-from transformers_k2.conversion import engine, export_adapter, lora, merge_adapter, quantize, verify
+from transformers_k2.conversion import crew, export_adapter, lora, merge_adapter, quantize, verify
 from transformers_k2.conversion.adapters import Lora, open_adapter
 from transformers_k2.quantization.codecs import fp8_block
 
@@ -59,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_UNIT", 256 * 20)
+    monkeypatch.setattr(crew, "_UNIT", 256 * 20)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 import checkpoints
 from conversion_results import read, same
-from transformers_k2.conversion import engine, quantize
-from transformers_k2.conversion.engine import Spec, header
+from transformers_k2.conversion import crew, quantize
 from transformers_k2.conversion.opened import open_model
 from transformers_k2.conversion.staging import STAGING
+from transformers_k2.conversion.tasks import Spec, header
 from transformers_k2.lazy_tensors import OpenFiles
 from transformers_k2.manifest import expected_tensors
 
@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {"shard_bytes": 400_000, "quiet": True}
 
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_UNIT", 256 * 20)
+    monkeypatch.setattr(crew, "_UNIT", 256 * 20)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def anonymous_bytes() -> int:
 )
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads at work on 100 MB matrices take less than one of them."""
-    monkeypatch.setattr(engine, "_UNIT", 1 << 21)
+    monkeypatch.setattr(crew, "_UNIT", 1 << 21)
     sparse_checkpoint(tmp_path / "src")
     assert (tmp_path / "src/model.safetensors").stat().st_size > 300e6
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import checkpoints
-from transformers_k2.conversion import convert, engine, inspect, merge_adapter, quantize, verify
+from transformers_k2.conversion import convert, crew, inspect, merge_adapter, quantize, verify
 from transformers_k2.conversion.opened import open_model
 from transformers_k2.conversion.staging import STAGING
 from transformers_k2.lazy_tensors import OpenFiles
@@ -42,7 +42,7 @@ Work = Callable[[Path], Any]
 
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_UNIT", 256 * 20)
+    monkeypatch.setattr(crew, "_UNIT", 256 * 20)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 

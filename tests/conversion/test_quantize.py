@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2.cli import app
-from transformers_k2.conversion import engine, inspect, quantize
+from transformers_k2.conversion import crew, inspect, quantize
 from transformers_k2.manifest import expected_tensors
 from transformers_k2.quantization import int4
 
@@ -37,7 +37,7 @@ def plain(stock: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of a few rows, as real matrices have."""
-    monkeypatch.setattr(engine, "_UNIT", 256 * 20)
+    monkeypatch.setattr(crew, "_UNIT", 256 * 20)
 
 
 def library(folder: Path, expected: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, TrainerControl
 import checkpoints
 from conversion_results import problems, read, same, stray
 from transformers_k2 import KimiK2ForCausalLM
-from transformers_k2.conversion import convert, engine, inspect, quantize
+from transformers_k2.conversion import convert, crew, engine, inspect, quantize
 from transformers_k2.conversion.slicing import drop_experts, slice_model
 from transformers_k2.conversion.upcycle import upcycle
 from transformers_k2.lazy_tensors import OpenFiles
@@ -49,7 +49,7 @@ IDS = torch.arange(22).view(2, 11) * 4
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of a few rows, as real matrices have."""
-    monkeypatch.setattr(engine, "_UNIT", 48 * 20)
+    monkeypatch.setattr(crew, "_UNIT", 48 * 20)
 
 
 def small_config(**changes: Any) -> dict[str, Any]:
@@ -442,7 +442,7 @@ def test_copies_by_load_and_their_noise(tmp_path: Path, num_groups: int) -> None
 def test_draws_depend_on_seed_and_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src, _ = small_folder(tmp_path / "src")
     upcycle(src, tmp_path / "one", num_experts=12)
-    monkeypatch.setattr(engine, "_UNIT", 1 << 20)
+    monkeypatch.setattr(crew, "_UNIT", 1 << 20)
     monkeypatch.setattr(engine, "_MAX_THREADS", 1)
     upcycle(src, tmp_path / "two", num_experts=12, shard_bytes=40_000, to="transformers_fused")
     upcycle(src, tmp_path / "three", num_experts=12, seed=1)

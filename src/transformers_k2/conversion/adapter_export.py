@@ -42,9 +42,10 @@ from .adapters import (
     open_adapter,
     rank_and_alpha,
 )
-from .engine import Spec, header, write_at
-from .opened import side_files
+from .crew import write_at
+from .found import side_files
 from .staging import full_disk
+from .tasks import Spec, header
 
 FORMS = ("serving", "peft")
 _FUSED_OF = {projection: fused for fused, parts in PROJECTIONS.items() for projection in parts}

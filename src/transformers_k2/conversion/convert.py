@@ -23,11 +23,13 @@ from . import hub
 from . import layout as layouts
 from .configs import linear_modules, target_config
 from .dcp import is_dcp
-from .engine import MEMORY, SHARD_BYTES, Share, write_files
+from .engine import MEMORY, Share, write_files
+from .found import CONFIG, side_files
 from .layout import Layout
-from .opened import CONFIG, Model, open_model, side_files
+from .opened import Model, open_model
 from .plan import Plan, Target, make_plan
 from .staging import STAGING, check_destination, fingerprint, is_complete
+from .tasks import SHARD_BYTES
 from .verify import distance
 from .weights import affine_encoder, fp8_encoder, int4_encoder
 

@@ -36,9 +36,11 @@ from torch.futures import Future
 
 from ..lazy_tensors import DTYPES, Region
 from . import staging
+from .crew import is_finite
 from .dcp import SUFFIX
-from .engine import RECORD, File, Share, Spec, Task, progress
+from .engine import RECORD, Share, progress
 from .staging import METADATA
+from .tasks import File, Spec, Task
 
 _CHUNK_BYTES = 64 << 20
 
@@ -209,7 +211,7 @@ def _fill(place: Tensor, task: Task, spec: Spec, region: Region) -> None:
         for part, size in zip(reversed(region), reversed(spec.shape), strict=True):
             first, step = first + part.start * step, step * size
         task.value.fill(place.view(-1).view(torch.uint8), (slice(first, first + place.nbytes),))
-    if task.changed and not place.isfinite().all():
+    if task.changed and not is_finite(place):
         first_row, last_row = (region[0].start, region[0].stop - 1) if region else (0, 0)
         raise ValueError(
             f"{task.about}, rows {first_row} to {last_row}: expected weights that are finite in {spec.dtype}."

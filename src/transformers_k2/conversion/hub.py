@@ -27,7 +27,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from ..checkpoint import INDEX_SUFFIX, MAX_HEADER_BYTES, CheckpointError
 from ..files import put_in_place, temporary_name
 from ..lazy_tensors import OpenFiles
-from .engine import File
+from .tasks import File
 
 _ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 _SMALL = 64 << 20  # bytes; what is larger beside the shards is no tokenizer, template or licence

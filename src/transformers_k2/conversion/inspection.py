@@ -46,7 +46,7 @@ from ..manifest import (
 )
 from . import checks
 from . import layout as layouts
-from .opened import rank_files
+from .found import rank_files
 from .report import Problem, Report, kind_of
 
 # (prefix of the names, method, fused experts) -> layout, a stem of conversion/*.yaml.

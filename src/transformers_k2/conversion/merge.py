@@ -21,10 +21,11 @@ from ..quantization import int4
 from . import layout as layouts
 from .adapters import CONFIG, WEIGHTS, Adapter, open_adapter
 from .convert import Coding, Output, Summary, write_model
-from .engine import MEMORY, SHARD_BYTES
+from .engine import MEMORY
 from .lora import check_fit, merged
 from .opened import open_model
 from .staging import check_destination
+from .tasks import SHARD_BYTES
 
 TARGETS = ("bf16", "fp8", "int4")
 

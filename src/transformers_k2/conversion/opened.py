@@ -7,8 +7,6 @@ beside its language model. Anything else is an error that lists it before a byte
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +15,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import (
-    INDEX_SUFFIX,
-    Checkpoint,
-    CheckpointError,
-    TensorInfo,
-    check_index,
-    file_inside,
-    no_collector,
-    read_header,
-    read_json,
-)
+from ..checkpoint import CheckpointError, TensorInfo, no_collector
 from ..lazy_tensors import DTYPES, Cat, Constant, Entry, LazyTensor, OpenFiles, Stack, Stored
 from ..manifest import (
     WRAPPER_EXTRAS,
@@ -38,20 +26,13 @@ from ..manifest import (
     split_config,
 )
 from ..quantization.codecs import int4_pack
-from . import dcp
 from . import layout as layouts
 from .arrange import Heads, backward
-from .engine import RECORD
+from .found import Found, find, find_config
 from .layout import PARTS, Group, Layout, Shape
 from .report import fold
-from .staging import STAGING, check_finished, is_complete
 from .weights import FLOATS, Weight
 
-CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
-# What stands beside weights and is safe to copy: no code, no pickles.
-_SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
-_SIDE_NAMES = ("LICENSE", "NOTICE")
-_NOT_COPIED = (CONFIG, "adapter_config.json", RECORD)
 # What parts of a quantised weight may be, by codec and local name: another type of the same width would be misread.
 _PART_DTYPES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("fp8", "weight"): ("F8_E4M3",),
@@ -118,18 +99,6 @@ class Promised(LazyTensor):
         raise AssertionError("a plan made from names alone cannot be carried out")
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Tensors by name; of a layout with model-parallel ranks, one of each name a rank."""
-
-    folder: Path
-    tensors: Mapping[str, TensorInfo | LazyTensor | None]
-    ranks: Sequence[Mapping[str, TensorInfo]]
-    files: tuple[Path, ...]
-    layout: str | None = None  # that the files' names prove
-    dropped: tuple[tuple[str, str, int], ...] = ()
-
-
 @no_collector()
 def open_model(
     path: str | Path,
@@ -154,11 +123,8 @@ def open_model(
             nothing claims.
     """
     path = Path(path)
-    if dcp.is_dcp(path):
-        found = _dcp_of(path, files, layout)
-    else:
-        found = _names_of(path) if names_only or path.name.endswith(INDEX_SUFFIX) else _files_of(path)
-    loaded = _config_of(found.folder, config)
+    found = find(path, files, layout, names_only)
+    loaded = find_config(found.folder, config)
     text, wrapper = split_config(loaded)
     classes = text.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
@@ -178,33 +144,11 @@ def open_model(
     return _Opening(found, files, chosen, loaded, text).model()
 
 
-def side_files(folder: Path) -> dict[str, bytes | Path]:
-    """Tokenizer, templates, generation config, licence: what to copy along; neither code nor pickles nor links away.
-
-    A tokenizer_config.json loses its `auto_map`, which names code that is not copied.
-    """
-    if not folder.is_dir():
-        return {}
-    found: dict[str, bytes | Path] = {
-        path.name: file_inside(folder, path.name)
-        for path in sorted(folder.iterdir())
-        if (path.suffix in _SIDE_SUFFIXES or (path.name.startswith(_SIDE_NAMES) and not path.suffix))
-        and path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(".index.json")
-        and path.name not in _NOT_COPIED
-    }
-    if TOKENIZER in found and "auto_map" in (content := read_json(folder / TOKENIZER)):
-        del content["auto_map"]
-        found[TOKENIZER] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    return found
-
-
 class _Opening:
     """The work of `open_model`: claim every tensor, prove every shape."""
 
     def __init__(
-        self, found: _Files, files: OpenFiles, layout: Layout, config: dict[str, Any], text: dict[str, Any]
+        self, found: Found, files: OpenFiles, layout: Layout, config: dict[str, Any], text: dict[str, Any]
     ) -> None:
         self.found, self.files, self.layout, self.config, self.text = found, files, layout, config, text
         self.heads, self.shape = Heads.of(text), Shape.of(text)
@@ -488,94 +432,6 @@ def _detect(names: Iterable[str], proven: str | None) -> Layout:
             f"No layout claims these names ({examples}, ...): expected one of {', '.join(layouts.names())}."
         )
     return found
-
-
-def _dcp_of(path: Path, files: OpenFiles, layout: str | None) -> _Files:
-    """The tensors of a DCP folder, without what wraps the model's names."""
-    if is_complete(path / STAGING):
-        check_finished(path)
-    if others := sorted(one.name for one in path.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{path} holds {dcp.METADATA} of torch.distributed.checkpoint and {others[0]}: expected one checkpoint."
-        )
-    tables = [layouts.load(name).kinds for name in ([layout] if layout else layouts.names())]
-    contents = dcp.open_dcp(path, files)
-    tensors, dropped = dcp.model_names(
-        contents,
-        lambda kinds: max(sum(num for kind, num in kinds.items() if kind in table) for table in tables),
-    )
-    return _Files(path, tensors, (), contents.files, dropped=dropped)
-
-
-def _files_of(path: Path) -> _Files:
-    """The tensors in a folder or file, from headers."""
-    if path.is_dir():
-        check_finished(path)
-        if (found := rank_files(path)) is not None:
-            layout, ranks = found
-            headers = [read_header(file)[0] for file in ranks]
-            tensors = {name: info for header in reversed(headers) for name, info in header.items()}
-            return _Files(path, tensors, headers, tuple(ranks), layout)
-    checkpoint = Checkpoint.open(path)
-    folder = path if path.is_dir() else path.parent
-    return _Files(folder, checkpoint.tensors, (), tuple(checkpoint.shards))
-
-
-def rank_files(folder: Path) -> tuple[str, list[Path]] | None:
-    """The layout whose model-parallel ranks have their files in a folder, and those files; None if there are none."""
-    for name in layouts.names():
-        pattern = layouts.load(name).files
-        if pattern is not None and (ranks := _rank_files(folder, pattern)) is not None:
-            return name, ranks
-    return None
-
-
-def _rank_files(folder: Path, pattern: str) -> list[Path] | None:
-    """The files of all ranks in order; None if there are none.
-
-    Raises:
-        CheckpointError: some are missing.
-    """
-    text = re.escape(pattern)
-    text = text.replace("<rank>", r"(?P<rank>\d{1,5})").replace("<ranks>", r"(?P<ranks>\d{1,5})")
-    found = [match for path in folder.iterdir() if (match := re.fullmatch(text, path.name))]
-    if not found:
-        return None
-    worlds = {int(match["ranks"]) for match in found}
-    if len(worlds) > 1:
-        raise CheckpointError(
-            f"{folder} holds files of {sorted(worlds)} ranks: expected those of one number."
-        )
-    num_ranks = worlds.pop()
-    by_rank = {int(match["rank"]): folder / match[0] for match in found}
-    if lost := [rank for rank in range(num_ranks) if rank not in by_rank]:
-        wanted = pattern.replace("<rank>", str(lost[0])).replace("<ranks>", str(num_ranks))
-        raise CheckpointError(
-            f"{folder} lacks {wanted} ({len(lost)} of {num_ranks} ranks): expected all of them."
-        )
-    return [file_inside(folder, by_rank[rank].name) for rank in range(num_ranks)]
-
-
-def _names_of(path: Path) -> _Files:
-    """The tensors that an index names."""
-    index = path if path.is_file() else path / f"model{INDEX_SUFFIX}"
-    if not index.is_file():
-        return _files_of(path)
-    weight_map = check_index(read_json(index), None, str(index))
-    return _Files(index.parent, dict.fromkeys(weight_map), (), ())
-
-
-def _config_of(folder: Path, given: str | Path | None) -> dict[str, Any]:
-    if given is not None:
-        from .. import resources
-
-        path = Path(given)
-        return read_json(path if path.is_file() else resources.find("configs", str(given)))
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(
-            f"{folder} has no config.json: expected that of the model beside its weights, or config=... (--config)."
-        )
-    return read_json(file_inside(folder, CONFIG))
 
 
 def _block(text: Mapping[str, Any]) -> tuple[int, int]:

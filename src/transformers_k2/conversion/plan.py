@@ -14,9 +14,9 @@ from typing import NamedTuple
 from ..checkpoint import CheckpointError, TensorInfo, no_collector
 from ..lazy_tensors import DTYPES, NAMES, LazyTensor, Narrow, OpenFiles, Stored
 from .arrange import forward
-from .engine import SHARD_BYTES, Entry, File, Spec, Task, copied, in_shards, one_file
 from .layout import PARTS, Group, Layout
 from .opened import Model
+from .tasks import SHARD_BYTES, Entry, File, Spec, Task, copied, in_shards, one_file
 from .weights import BIAS, FLOATS, Encoder, Weight
 
 

@@ -21,9 +21,10 @@ from ..lazy_tensors import OpenFiles
 from ..quantization import int4
 from . import layout as layouts
 from .convert import Coding, Output, Summary, make_target, write_model
-from .engine import MEMORY, SHARD_BYTES
+from .engine import MEMORY
 from .opened import open_model
 from .staging import check_destination
+from .tasks import SHARD_BYTES
 
 EXPERTS = (r".*\.mlp\.experts\.\d+\.(gate|up|down)_proj",)
 

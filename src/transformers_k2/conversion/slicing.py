@@ -8,12 +8,13 @@ from typing import Any
 
 from ..lazy_tensors import OpenFiles
 from .convert import Output, Summary
-from .engine import MEMORY, SHARD_BYTES
+from .engine import MEMORY
 from .expert_scores import best_experts, read_scores, router_norms
 from .layout import Shape
 from .opened import Model, open_model
 from .staging import check_destination
 from .surgery import check_number, cut, measured, moe_layers, num_layers, routing, write_edited
+from .tasks import SHARD_BYTES
 
 RULES = ("load", "norm")
 

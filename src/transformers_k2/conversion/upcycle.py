@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lazy_tensors import LazyTensor, OpenFiles, Region
 from .convert import Output, Summary
-from .engine import MEMORY, SHARD_BYTES
+from .engine import MEMORY
 from .expert_scores import read_scores
 from .from_dense import drawn, from_dense
 from .opened import Model, open_model
@@ -34,6 +34,7 @@ from .surgery import (
     routing,
     write_edited,
 )
+from .tasks import SHARD_BYTES
 from .weights import Weight
 
 NOISE = 0.01

@@ -27,8 +27,9 @@ from ..quantization import int4
 from ..quantization.codecs import fp8_block
 from .adapters import open_adapter
 from .crc32 import combine
+from .crew import is_finite, tensor_bytes
 from .dcp import is_dcp
-from .engine import MEMORY, RECORD, is_finite, one_thread_each, progress, tensor_bytes
+from .engine import MEMORY, RECORD, one_thread_each, progress
 from .lora import check_fit, merged
 from .opened import Model, open_model
 from .weights import Weight
