@@ -248,6 +248,23 @@ def listed(table: Path) -> list[str]:
     return names
 
 
+def beside_k25() -> list[str]:
+    """The vision tower and the projector, as the listing's last lines have them."""
+    parts = ("mlp.fc0", "mlp.fc1", "norm0", "norm1", "wo", "wqkv")
+    blocks = [f"vision_tower.encoder.blocks.{block}.{part}" for block in range(27) for part in parts]
+    modules = [
+        *(
+            "mm_projector.pre_norm",
+            "mm_projector.proj.0",
+            "mm_projector.proj.2",
+            "vision_tower.patch_embed.proj",
+        ),
+        *("vision_tower.encoder.final_layernorm", *blocks),
+    ]
+    names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+    return [*names, "vision_tower.patch_embed.pos_emb.weight"]
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with the index and the config of the real models alone."""
@@ -256,9 +273,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for table, config, num in (
         ("Kimi-K2-Instruct_fp8.tsv", "kimi_k2_instruct.config.json", 139_644),
-        ("Kimi-K2.5_int4.tsv", "kimi_k2_5.config.json", 208_215),
+        ("Kimi-K2.5_int4.tsv", "kimi_k2_5.config.json", 208_550),
     ):
-        names = listed(SHARED / table)
+        names = listed(SHARED / table) + (beside_k25() if "K2.5" in table else [])
         assert len(names) == num
         folder = tmp_path_factory.mktemp(config)
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1-of-1.safetensors")}
@@ -296,6 +313,12 @@ def test_the_real_models_plan(
         assert summary.num_bytes == 2_052_816_510_976  # 1,026.4 B parameters, 23,040 of them float32
     elif name == "mlx":
         assert summary.num_bytes == 657_623_228_416  # INT4's 594 GB, and a bias of two bytes for each group
+    beside = any("335 tensors beside the language model (" in line for line in summary.lines)
+    counted = not any(line.startswith("not counted: 335") for line in summary.lines)
+    assert (beside, counted) == (
+        model == "kimi_k2_5" and name != "k25_int4",
+        (model, name) != ("kimi_k2_5", "k25_int4"),
+    )
     assert not (tmp_path / "dst").exists()
 
 

@@ -407,6 +407,11 @@ def _summary(model: Model, target: Target, plan: Plan) -> Summary:
     told = ", ".join(f"{plan.counts[how]:,} {word}" for how, word in words.items() if plan.counts.get(how))
     lines = [f"{model.layout} ({model.codec}) -> {target.layout.name} ({target.codec}): {told}"]
     lines += [f"left out: {num:,} x {name} ({why})" for name, why, num in model.dropped]
+    unknown = sum(extra is None for extra in model.extras.values())
+    if unknown and target.layout.config == "k25":
+        lines.append(
+            f"not counted: {unknown:,} tensors beside the language model, whose sizes an index does not say"
+        )
     if model.extras and target.layout.config != "k25":
         lines.append(
             f"left out: {len(model.extras):,} tensors beside the language model ({target.layout.name} has no place)"

@@ -57,7 +57,7 @@ class Model:
         codec: how its quantised weights are stored; "bf16" if none is.
         names: the canonical name of every tensor -> its shape, in layer order.
         read: canonical name -> its weight.
-        extras: tensors beside the language model, by their names in the file.
+        extras: tensors beside the language model, by their names in the file; None if only the name is known.
         dropped: (what, why, how many) that is left out.
         coded: the modules whose weights are quantised.
         group_size: inputs that share a scale, if those are INT4.
@@ -71,7 +71,7 @@ class Model:
     codec: str
     names: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Weight]
-    extras: Mapping[str, TensorInfo | LazyTensor] = field(default_factory=dict)
+    extras: Mapping[str, TensorInfo | LazyTensor | None] = field(default_factory=dict)
     dropped: tuple[tuple[str, str, int], ...] = ()
     coded: frozenset[str] = frozenset()
     group_size: int = 0
@@ -255,19 +255,20 @@ class _Opening:
             return codec
         return None
 
-    def _leftovers(self) -> tuple[dict[str, TensorInfo | LazyTensor], tuple[tuple[str, str, int], ...]]:
+    def _leftovers(
+        self,
+    ) -> tuple[dict[str, TensorInfo | LazyTensor | None], tuple[tuple[str, str, int], ...]]:
         """Extras and what is dropped; an error if something is neither."""
         left = [name for name in self.found.tensors if name not in self.claimed]
         optional = {self.layout.prefix + name for name in optional_tensors(self.text)}
         drops = [(drop.pattern, drop) for drop in self.layout.drop]
-        extras: dict[str, TensorInfo | LazyTensor] = {}
+        extras: dict[str, TensorInfo | LazyTensor | None] = {}
         dropped: Counter[tuple[str, str]] = Counter()
         unclaimed = []
         for name in left:
             info = self.found.tensors[name]
             if name.startswith(WRAPPER_EXTRAS) and self.layout.config == "k25":
-                if info is not None:
-                    extras[name] = info
+                extras[name] = info
             elif drop := next((drop for pattern, drop in drops if pattern.fullmatch(name)), None):
                 dropped[drop.name, drop.why] += 1
             elif name in optional and name.endswith("lm_head.weight"):

@@ -15,7 +15,7 @@ from ..checkpoint import CheckpointError, TensorInfo, no_collector
 from ..lazy_tensors import DTYPES, NAMES, LazyTensor, Narrow, OpenFiles, Stored
 from .arrange import forward
 from .layout import PARTS, Group, Layout
-from .opened import Model
+from .opened import Model, Promised
 from .tasks import SHARD_BYTES, Entry, File, Spec, Task, copied, in_shards, one_file
 from .weights import BIAS, FLOATS, Encoder, Weight
 
@@ -100,12 +100,12 @@ def make_plan(model: Model, target: Target, files: OpenFiles, shard_bytes: int =
         for rank in range(target.num_ranks)
     ]
     extras = {} if target.layout.config != "k25" else model.extras
-    copies = [_copy(name, extra, files) for name, extra in extras.items()]
+    copies = [_copy(name, extra, files) for name, extra in extras.items() if extra is not None]
     counts: Counter[str] = Counter()
     for made in by_rank:
         for one in made:
             counts[one.how] += len(one.specs)
-    counts["copy"] += len(extras)
+    counts["copy"] += len(copies)
     if target.layout.files is None:
         (made,) = by_rank
         planned = in_shards([*(planner.entry(one) for one in made), *copies], shard_bytes)
@@ -280,7 +280,7 @@ def _copy(name: str, extra: TensorInfo | LazyTensor, files: OpenFiles) -> Entry:
 
 
 def _is_copy(task: Task) -> bool:
-    return isinstance(task.value, Stored) and not task.changed
+    return isinstance(task.value, Stored | Promised) and not task.changed
 
 
 def _check_names(files: Sequence[File]) -> None:
