@@ -1,213 +1,271 @@
-"""Recorded maxima in whole models against float64 logits, for every attention implementation."""
+"""K2's attention over cached latents against transformers' DeepseekV3Attention, with K2's own head sizes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers.masking_utils import causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 
-from transformers_k2 import KimiK2ForCausalLM, attention
-from transformers_k2.optim.observe import LogitObserver
+from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, LatentCache, attention, mla
+from transformers_k2.attention import KimiK2Attention
 
-HEADS = 4
-SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": HEADS,
-    "num_key_value_heads": 2, "initializer_range": 0.4,
-}  # fmt: skip
+HIDDEN, BATCH = 96, 2
 
 
-@pytest.fixture(params=["llama", "qwen2", "k2", "k2 without q lora"])
-def model(request: pytest.FixtureRequest, tiny_config: Callable[..., Any]) -> Any:
-    """In training mode; the Kimi K2 has YaRN, whose scaling is not 1/sqrt(d), and narrower values than keys."""
-    if request.param == "llama":
-        built: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
-    elif request.param == "qwen2":
-        built = Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    else:
-        lora = {} if request.param == "k2" else {"q_lora_rank": None}
-        built = KimiK2ForCausalLM(tiny_config(num_hidden_layers=2, **lora))
-    return built.train()
+def config(**changes: Any) -> KimiK2Config:
+    """Two heads of K2's size, 128 + 64 and 128 over latents of 512."""
+    shape = {"hidden_size": HIDDEN, "num_attention_heads": 2, "q_lora_rank": 80, "num_hidden_layers": 1}
+    made = KimiK2Config(**(shape | changes))
+    made._attn_implementation = "sdpa"
+    return made
 
 
-def attentions(model: Any) -> list[Any]:
-    return [layer.self_attn for layer in model.model.layers]
+def pair(dtype: torch.dtype, **changes: Any) -> tuple[KimiK2Attention, DeepseekV3Attention, nn.Module]:
+    """Ours, upstream's with the same weights, and the rotary embedding."""
+    made = config(**changes)
+    stock = DeepseekV3Attention(made, 0).eval()
+    for name, weight in stock.named_parameters():
+        nn.init.normal_(
+            weight, 1.0 if "norm" in name else 0.0, 0.1 if "norm" in name else weight.shape[-1] ** -0.5
+        )
+    ours = copy.deepcopy(stock)
+    ours.__class__ = KimiK2Attention
+    return ours.to(dtype), stock.to(dtype), DeepseekV3RotaryEmbedding(made)
 
 
-def observe(model: Any, tau: float = -1e9) -> LogitObserver:
-    observer = LogitObserver(tau)
-    for i, module in enumerate(attentions(model)):
-        observer.watch(f"layers.{i}", module, HEADS)
-    return observer
+def causal(num_queries: int, num_keys: int) -> Tensor:
+    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)[None, None]
 
 
-def packed_visible(num_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Two documents in a row, told by positions that start again."""
-    first = num_rows // 3
-    document = (torch.arange(num_rows) >= first).long()
-    positions = torch.cat((torch.arange(first), torch.arange(num_rows - first)))
-    visible = torch.ones(num_rows, num_rows, dtype=torch.bool).tril() & (document[:, None] == document)
-    return visible, {"position_ids": positions.expand(2, -1).clone()}
+def mask_of(kind: str, num_queries: int, num_keys: int) -> Tensor | None:
+    """What transformers makes for SDPA: boolean, or None where it can say is_causal."""
+    seen = causal(num_queries, num_keys)
+    if kind == "causal":
+        return None if num_queries in (1, num_keys) else seen
+    if kind == "left padding":
+        return seen & (torch.arange(num_keys) >= torch.tensor([num_keys // 3, 0])[:, None, None, None])
+    rows = torch.arange(num_keys) // 50
+    return (seen & (rows[-num_queries:, None] == rows)).expand(BATCH, -1, -1, -1)
 
 
-def batch(layout: str, num_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Visible keys [batch, 1, rows, keys], and the arguments of the model."""
-    ids = torch.randint(3, 97, (2, num_rows))
-    causal = torch.ones(num_rows, num_rows, dtype=torch.bool).tril().expand(2, 1, -1, -1)
-    if layout == "left padding":
-        real = torch.ones(2, num_rows, dtype=torch.long)
-        real[1, : num_rows // 2] = 0
-        return causal & real.bool()[:, None, None], {"input_ids": ids, "attention_mask": real}
-    if layout == "packed":
-        visible, more = packed_visible(num_rows)
-        return visible.expand_as(causal), {"input_ids": ids, **more}
-    return causal, {"input_ids": ids}
+@torch.no_grad()
+def run(
+    module: nn.Module, rotary: nn.Module, hidden: Tensor, cache: Any, num_before: int, mask: Tensor | None
+) -> Tensor:
+    positions = torch.arange(num_before, num_before + hidden.shape[1])[None]
+    return module(hidden, rotary(hidden, positions), mask, past_key_values=cache)[0]
 
 
-class Truth:
-    """Reads what every attention function is given, and computes float64 logits from it by loops over heads."""
+def visible(mask: Tensor | None, output: Tensor) -> Tensor:
+    """Rows that see a key; upstream's answer for the others is anything."""
+    if mask is None:
+        return torch.ones(output.shape[:2], dtype=torch.bool)
+    return mask[:, 0].any(-1).expand(output.shape[:2])
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any, visible: Tensor) -> None:
-        self.found = torch.full((len(attentions(model)), HEADS), -math.inf)
-        original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-        def spy(module: Any, query: Tensor, key: Tensor, *rest: Any, scaling: float, **kwargs: Any) -> Any:
-            groups = query.shape[1] // key.shape[1]
-            for h in range(HEADS):
-                logits = (query[:, h].detach().double() @ key[:, h // groups].detach().double().mT) * scaling
-                largest = logits[visible[:, 0]].max().float()
-                self.found[module.layer_idx, h] = torch.maximum(self.found[module.layer_idx, h], largest)
-            return original(module, query, key, *rest, scaling=scaling, **kwargs)
+@pytest.mark.parametrize("kind", ["causal", "left padding", "packed"])
+@pytest.mark.parametrize("num_before", [0, 1, 40, 700])
+def test_equals_upstream_in_float64_on_both_sides_of_the_switch(
+    num_before: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_FEW_SCORES", 0)
+    monkeypatch.setattr(mla, "BLOCK", 128)
+    ours, stock, rotary = pair(torch.float64)
+    ways = set()
+    for name in ("absorbed", "expanded"):
+        function = getattr(mla, name)
+        monkeypatch.setattr(mla, name, lambda *a, f=function, n=name: (ways.add(n), f(*a))[1])
+    before = torch.randn(BATCH, num_before, HIDDEN, dtype=torch.float64)
+    for num_queries in (1, 2, 3, 16, 17, 128, 129, 168, 169, 170, 171, 172, 300):
+        caches = DynamicCache(), DynamicCache()
+        hidden = torch.randn(BATCH, num_queries, HIDDEN, dtype=torch.float64)
+        if num_before:
+            for module, cache in zip((stock, ours), caches, strict=True):
+                run(module, rotary, before, cache, 0, None)
+        mask = mask_of(kind, num_queries, num_before + num_queries)
+        expected = run(stock, rotary, hidden, caches[0], num_before, mask)
+        got = run(ours, rotary, hidden, caches[1], num_before, mask)
+        rows = visible(mask, got)
+        torch.testing.assert_close(got[rows], expected[rows], rtol=1e-10, atol=1e-10)
+        assert torch.equal(caches[1].layers[0].keys, caches[0].layers[0].keys)
+        assert torch.equal(caches[1].layers[0].values, caches[0].layers[0].values)
+    assert ways == (
+        {"absorbed", "expanded"} if num_before == 700 else {"expanded"} if num_before == 0 else ways
+    )
 
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", spy)
+
+@pytest.mark.parametrize("num_queries", [1, 5, 100, 200])
+def test_bfloat16_is_as_near_to_float64_as_upstream(num_queries: int) -> None:
+    ours, stock, rotary = pair(torch.bfloat16)
+    exact = copy.deepcopy(stock).double()
+    batch = 8  # single tokens' errors are noisy
+    before, hidden = (
+        torch.randn(batch, 400, HIDDEN).bfloat16(),
+        torch.randn(batch, num_queries, HIDDEN).bfloat16(),
+    )
+    mask = mask_of("causal", num_queries, 400 + num_queries)
+    errors, outputs = {}, {}
+    for name, module in {"exact": exact, "stock": stock, "ours": ours}.items():
+        cache, dtype = DynamicCache(), next(module.parameters()).dtype
+        run(module, rotary, before.to(dtype), cache, 0, None)
+        outputs[name] = run(module, rotary, hidden.to(dtype), cache, 400, mask).double()
+    for name in ("stock", "ours"):
+        errors[name] = (outputs[name] - outputs["exact"]).norm() / outputs["exact"].norm()
+    assert errors["ours"] <= 1.02 * errors["stock"] < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_cropped_cache_goes_on(dtype: torch.dtype) -> None:
+    """As assisted decoding does: some tokens are taken back, others follow."""
+    ours, stock, rotary = pair(dtype)
+    caches = DynamicCache(), DynamicCache()
+    for module, cache in zip((stock, ours), caches, strict=True):
+        torch.manual_seed(1)
+        num_before, outputs = 0, []
+        for num_queries, num_back in ((50, 7), (5, 4), (1, 0), (6, 6), (180, 100), (3, 0)):
+            hidden = torch.randn(BATCH, num_queries, HIDDEN, dtype=dtype)
+            mask = mask_of("causal", num_queries, num_before + num_queries)
+            outputs.append(run(module, rotary, hidden, cache, num_before, mask))
+            cache.crop(-num_back)
+            num_before += num_queries - num_back
+        if module is stock:
+            expected = outputs
+    for got, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_static_caches_with_their_empty_places(dtype: torch.dtype) -> None:
+    ours, stock, rotary = pair(dtype)
+    caches = StaticCache(config(), max_cache_len=90), StaticCache(config(), max_cache_len=90)
+    num_before = 0
+    for num_queries in (40, 1, 1, 5):
+        hidden = torch.randn(BATCH, num_queries, HIDDEN, dtype=dtype)
+        mask = torch.zeros(1, 1, num_queries, 90, dtype=torch.bool)
+        mask[..., : num_before + num_queries] = causal(num_queries, num_before + num_queries)
+        # For a first prefill upstream gives no mask: the empty places are those behind.
+        mask = None if num_before == 0 else mask
+        expected, got = (
+            run(module, rotary, hidden, cache, num_before, mask)
+            for module, cache in zip((stock, ours), caches, strict=True)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        num_before += num_queries
+
+
+def test_8_bit_latents_change_little() -> None:
+    ours, _, rotary = pair(torch.float32)
+    exact, coarse = LatentCache(), LatentCache(dtype="int8")
+    before = torch.randn(BATCH, 300, HIDDEN)
+    for cache in (exact, coarse):
+        run(ours, rotary, before, cache, 0, None)
+    num_before = 300
+    for num_queries in (1, 3, 30, 250):
+        hidden = torch.randn(BATCH, num_queries, HIDDEN)
+        mask = mask_of("causal", num_queries, num_before + num_queries)
+        expected, got = (run(ours, rotary, hidden, cache, num_before, mask) for cache in (exact, coarse))
+        error = (got - expected).norm() / expected.norm()
+        assert 0 < error < 0.01
+        num_before += num_queries
+
+
+class _Beside(nn.Module):
+    """A linear layer with a low-rank product beside it, as an adapter has; no plain matrix."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(torch.randn(4, base.in_features, dtype=base.weight.dtype) / 20)
+        self.b = nn.Parameter(torch.randn(base.out_features, 4, dtype=base.weight.dtype) / 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("num_before", [20, 700])
+@pytest.mark.parametrize("form", ["adapter", "forward hook", "own forward"])
+def test_a_kv_b_that_is_no_plain_matrix_counts_whole(form: str, num_before: int) -> None:
+    ours, stock, rotary = pair(torch.float64)
+    for module in (ours, stock):
+        torch.manual_seed(2)
+        if form == "adapter":
+            module.kv_b_proj = _Beside(module.kv_b_proj)
+        elif form == "forward hook":
+            module.kv_b_proj.register_forward_hook(lambda module, args, output: output * 1.5)
+        else:
+            forward = module.kv_b_proj.forward
+            module.kv_b_proj.forward = lambda x, f=forward: f(x) * 0.5  # as accelerate's hooks do it
+    before = torch.randn(BATCH, num_before, HIDDEN, dtype=torch.float64)
+    caches = DynamicCache(), DynamicCache()
+    outputs = []
+    for module, cache in zip((stock, ours), caches, strict=True):
+        run(module, rotary, before, cache, 0, None)
+        torch.manual_seed(3)
+        hidden = torch.randn(BATCH, 1, HIDDEN, dtype=torch.float64)
+        outputs.append(run(module, rotary, hidden, cache, num_before, None))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_are_upstreams() -> None:
+    """Training goes upstream's way, with a cache too; kv_b is one parameter and has its gradient."""
+    ours, stock, rotary = pair(torch.float32)
+    hidden = torch.randn(BATCH, 30, HIDDEN)
+    for module in (ours, stock):
+        cache = DynamicCache()
+        first, second = hidden.split((25, 5), dim=1)
+        output = module(first, rotary(first, torch.arange(25)[None]), None, past_key_values=cache)[0].sum()
+        mask = causal(5, 30)
+        output = (
+            output + module(second, rotary(second, torch.arange(25, 30)[None]), mask, cache)[0].pow(2).sum()
+        )
+        output.backward()
+    for (name, mine), theirs in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert mine.grad is not None, name
+        assert torch.equal(mine.grad, theirs.grad), name
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_rows"), [("causal", 1), ("causal", 33), ("left padding", 33), ("packed", 33)]
+    "implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow), "padded_sdpa"]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sdpa(
-    model: Any, layout: str, num_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model.to(dtype).set_attn_implementation("sdpa")
-    visible, arguments = batch(layout, num_rows)
-    observer, truth = observe(model), Truth(monkeypatch, model, visible)
-    model(**arguments, use_cache=False)
-    assert torch.equal(observer.packed("cpu")[0], truth.found.flatten())
-
-
-@pytest.mark.parametrize("layout", ["causal", "left padding", "packed"])
-def test_eager_agrees_with_sdpa(model: Any, layout: str) -> None:
-    _, arguments = batch(layout, 21)
-    observer = observe(model)
-    results = []
-    for implementation in ("eager", "sdpa"):
+def test_other_implementations(implementation: str) -> None:
+    torch.manual_seed(4)
+    shape = {"vocab_size": 99, "num_hidden_layers": 2, "first_k_dense_replace": 2, "intermediate_size": 64}
+    model = KimiK2ForCausalLM(config(**shape, initializer_range=0.2)).eval()
+    ids = torch.randint(3, 99, (2, 40))
+    with torch.no_grad():
+        expected = model(ids).logits
         model.set_attn_implementation(implementation)
-        observer.reset()
-        model(**arguments, use_cache=False)
-        results.append(observer.packed("cpu")[0])
-    assert torch.allclose(*results, rtol=1e-4, atol=1e-4)
+        cache = DynamicCache()
+        first = model(ids[:, :39], past_key_values=cache, output_attentions=implementation == "eager")
+        last = model(ids[:, 39:], past_key_values=cache, output_attentions=implementation == "eager")
+    logits = torch.cat((first.logits, last.logits), 1)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    if implementation == "eager":
+        assert first.attentions[1].shape == (2, 2, 39, 39)
+        assert last.attentions[1].shape == (2, 2, 1, 40)
+        torch.testing.assert_close(last.attentions[1].sum(-1), torch.ones(2, 2, 1))
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_loss_and_gradients_are_those_without(model: Any, checkpointing: bool | None) -> None:
-    _, arguments = batch("left padding", 21)
-    model.set_attn_implementation("sdpa")
-    if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
-
-    def run() -> tuple[Tensor, list[Tensor]]:
-        model.zero_grad()
-        loss = model(**arguments, labels=arguments["input_ids"], use_cache=False).loss
-        loss.backward()
-        return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
-
-    loss, gradients = run()
-    observer = observe(model)
-    watched_loss, watched = run()
-    assert torch.allclose(loss, watched_loss, rtol=1e-5)
-    for a, b in zip(gradients, watched, strict=True):
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
-    seen = observer.packed("cpu")
-    assert seen[0].isfinite().all()
-    observer.reset()
-    model(**arguments, use_cache=False)
-    assert torch.equal(observer.packed("cpu"), seen)
-
-
-def test_evaluation_is_not_recorded(model: Any) -> None:
-    observer = observe(model)
-    model.eval()
-    with torch.no_grad():
-        model(torch.randint(3, 97, (1, 9)))
-    assert observer.packed("cpu").eq(-math.inf).all()
-
-
-def test_flex_attention_is_ours_and_stays_so() -> None:
-    attention.register()
-    attention.register()
-    assert AttentionInterface()["flex_attention"] is attention.observed_flex_attention
-    assert ALL_ATTENTION_FUNCTIONS["flex_attention"] is attention.observed_flex_attention
-
-
-@pytest.mark.parametrize("form", ["block mask", "dense", "no mask"])
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_flex_attention_records(form: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's function compiles for a minute: here it is one that returns what a GPU, or a CPU, returns."""
-    q, k, v = (torch.randn(2, h, 33, 12) * 2 for h in (HEADS, 2, 2))
-    visible = torch.ones(33, 33, dtype=torch.bool)
-    if form != "no mask":
-        visible = visible.tril()
-    # Longer than the keys, as with a static cache.
-    dense = F.pad(torch.zeros(2, 1, 33, 33).masked_fill(~visible, torch.finfo(torch.float32).min), (0, 7))
-    blocks = create_block_mask(causal_mask_function, None, None, 33, 33, device="cpu")
-    mask: Any = {"block mask": blocks, "dense": dense, "no mask": None}[form]
-    logits = (q.double() @ k.double().repeat_interleave(2, 1).mT) * 0.4
-    logits = logits.masked_fill(~visible, -math.inf)
-
-    def upstream(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        return query.transpose(1, 2), logits.logsumexp(-1).float() if with_lse else None
-
-    monkeypatch.setattr(attention, "flex_attention_forward", upstream)
-
-    class Module(torch.nn.Module):
-        def forward(self, **more: Any) -> Any:
-            return attention.observed_flex_attention(self, q, k, v, mask, 0.4, **more)
-
-    module, observer = Module(), LogitObserver(-1e9)
-    module(softcap=30.0)
-    observer.watch("layer", module, HEADS)
-    module()
-    assert torch.equal(observer.packed("cpu")[0], logits.amax((0, 2, 3)).float())
-    with pytest.raises(ValueError, match="softcap"):
-        module(softcap=30.0)
-
-
-def test_clipping_by_a_power_of_four_is_exact_on_the_whole_module(tiny_config: Callable[..., Any]) -> None:
-    """Smaller projections, same batch: the recorded maximum is the old one times gamma, bit for bit."""
-    config = tiny_config(num_hidden_layers=1)
-    model = KimiK2ForCausalLM(config).train()
-    model.set_attn_implementation("sdpa")
-    _, arguments = batch("left padding", 33)
-    observer, module = observe(model), attentions(model)[0]
-    model(**arguments, use_cache=False)
-    before = observer.packed("cpu")[0]
-    gamma = 4.0**-1
-    with torch.no_grad():
-        rows_q = module.q_b_proj.weight.view(HEADS, -1, config.q_lora_rank)
-        rows_k = module.kv_b_proj.weight.view(HEADS, -1, config.kv_lora_rank)
-        rows_q[:, : config.qk_nope_head_dim] *= math.sqrt(gamma)
-        rows_q[:, config.qk_nope_head_dim :] *= gamma
-        rows_k[:, : config.qk_nope_head_dim] *= math.sqrt(gamma)
-    observer.reset()
-    model(**arguments, use_cache=False)
-    assert torch.equal(observer.packed("cpu")[0], before * gamma)
+def test_a_long_first_prompt_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cache and with one; upstream's single call is kept for short ones, bit for bit."""
+    ours, stock, rotary = pair(torch.float32)
+    hidden = torch.randn(1, 700, HIDDEN)
+    calls: list[int] = []
+    function = mla.expanded
+    monkeypatch.setattr(mla, "expanded", lambda *a: (calls.append(a[2]), function(*a))[1])
+    monkeypatch.setattr(mla, "BLOCK", 256)
+    expected = run(stock, rotary, hidden, None, 0, None)
+    assert torch.equal(run(ours, rotary, hidden, None, 0, None), expected)
+    assert not calls
+    monkeypatch.setattr(attention, "_FEW_SCORES", 1 << 16)
+    for cache in (None, DynamicCache()):
+        torch.testing.assert_close(run(ours, rotary, hidden, cache, 0, None), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [700, 700]

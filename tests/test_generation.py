@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, pipeline, set_seed
+from torch._dynamo.utils import counters
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, pipeline, set_seed
 
-from transformers_k2 import KimiK2Config, KimiK2ForCausalLM
+from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, LatentCache, generation
 
 PROMPT = torch.tensor([[17, 4, 301, 99, 4, 230, 41]])
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -95,6 +96,79 @@ def test_left_padded_batch_equals_each_alone(tiny_model: KimiK2ForCausalLM) -> N
         alone = generate(tiny_model, prompt[None], **GREEDY)[0, len(prompt) :]
         assert torch.equal(row[: len(alone)], alone)
         assert (row[len(alone) :] == tiny_model.config.pad_token_id).all()
+
+
+LONG = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+
+
+def test_200_greedy_tokens_are_deepseeks(
+    tiny_model: KimiK2ForCausalLM,
+    stock: DeepseekV3ForCausalLM,
+    tiny_config: Callable[..., KimiK2Config],
+) -> None:
+    """From absorbed queries, whatever the cache and whoever proposes the tokens."""
+    draft = KimiK2ForCausalLM(tiny_config(num_hidden_layers=1)).eval()
+    expected = generate(stock, PROMPT, **LONG)
+    ways: dict[str, dict[str, Any]] = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "chunked": {"prefill_chunk_size": 3},
+        "upstream's layers": {"past_key_values": DynamicCache()},
+        "prompt lookup": {"prompt_lookup_num_tokens": 5},
+        "a draft": {"assistant_model": draft},
+    }
+    for way, options in ways.items():
+        assert torch.equal(generate(tiny_model, PROMPT, **LONG, **options), expected), way
+    beams = LONG | {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(generate(tiny_model, PROMPT, **beams), generate(stock, PROMPT, **beams))
+    ids = torch.stack((PROMPT[0], torch.nn.functional.pad(PROMPT[0, :4], (3, 0))))
+    mask = torch.stack((torch.ones(7), torch.arange(7) >= 3)).long()
+    assert torch.equal(generate(tiny_model, ids, mask, **LONG), generate(stock, ids, mask, **LONG))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_200_greedy_tokens_compiled(
+    backend: str, tiny_model: KimiK2ForCausalLM, stock: DeepseekV3ForCausalLM
+) -> None:
+    """One graph for the prompt, one for every later token."""
+    expected = generate(stock, PROMPT, **LONG)
+    torch._dynamo.reset()
+    counters.clear()
+    tiny_model.forward = torch.compile(tiny_model.forward, fullgraph=True, backend=backend)  # type: ignore[method-assign]
+    options = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(generate(tiny_model, PROMPT, **LONG, **options), expected)
+    assert counters["stats"]["unique_graphs"] <= 3
+    torch._dynamo.reset()
+
+
+def test_long_prompts_go_in_chunks(tiny_model: KimiK2ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size of ours, unless the user names one."""
+    ids = torch.randint(3, 331, (1, 50))
+    seen: list[int] = []
+    tiny_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    whole = generate(tiny_model, ids, **GREEDY)
+    assert seen[0] == 50
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
+    for options, chunks in (({}, [16, 16, 16, 2, 1]), ({"prefill_chunk_size": 40}, [40, 10, 1])):
+        seen.clear()
+        assert torch.equal(generate(tiny_model, ids, **GREEDY, **options), whole)
+        assert seen[: len(chunks)] == chunks
+    seen.clear()
+    generate(tiny_model, ids, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert seen[0] == 50
+
+
+def test_the_quantised_cache_is_8_bit_latents(tiny_model: KimiK2ForCausalLM) -> None:
+    options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+    exact = tiny_model.generate(PROMPT, **options)
+    got = tiny_model.generate(PROMPT, **options, cache_implementation="quantized")
+    assert isinstance(got.past_key_values, LatentCache)
+    for mine, wanted in zip(got.logits[:2], exact.logits[:2], strict=True):
+        assert 0 < (mine - wanted).norm() / wanted.norm() < 0.05
+    with pytest.raises(ValueError, match="cache_config has nbits"):
+        tiny_model.generate(PROMPT, **GREEDY, cache_implementation="quantized", cache_config={"nbits": 4})
 
 
 def test_stops_at_the_end_token(tiny_model: KimiK2ForCausalLM) -> None:

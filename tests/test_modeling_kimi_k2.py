@@ -174,10 +174,12 @@ def test_cache_equals_deepseek_and_the_whole_pass(
                 cache = output.past_key_values
                 outputs.append(output.logits)
             steps.append(outputs)
-    for got, wanted in zip(*steps, strict=True):
-        assert torch.equal(got, wanted)
+    assert torch.equal(steps[0][0], steps[1][0])  # nothing is cached yet
     real = mask[..., None].bool()
     # Other shapes, other summation order: float32 rounding of values of order one.
+    torch.testing.assert_close(
+        torch.cat(steps[0], 1) * real, torch.cat(steps[1], 1) * real, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(torch.cat(steps[0], 1) * real, whole * real, rtol=1e-4, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .configuration_kimi_k2 import KimiK2Config
+from .latent_cache import LatentCache
 from .modeling_kimi_k2 import (
     KimiK2ForCausalLM,
     KimiK2ForSequenceClassification,
@@ -29,6 +30,7 @@ __all__ = [
     "KimiK2Model",
     "KimiK2PreTrainedModel",
     "KimiK2Tokenizer",
+    "LatentCache",
     "MuonClip",
     "muon_clip",
     "train_tokenizer",

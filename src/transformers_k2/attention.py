@@ -1,61 +1,180 @@
-"""Flex attention that tells QK-Clip the largest logits: transformers' function, wrapped.
+"""K2's attention: upstream's module, which while it generates works on the cached latents instead of expanding them all.
 
-Flex attention is compiled as one piece, so that nothing inside it can be watched; but it returns its log-sum-exp, from
-which the maxima follow. `sdpa` and `eager` need no wrapper (see optim/observe.py). While nothing is watched, upstream's
-function is called and nothing else. Given up: soft-capped logits, position biases and sinks, which no K2 layout has.
+transformers expands the whole cache into keys and values of every head at every step. Here a forward without gradients
+chooses, by the multiply-adds it takes (mla.py), between queries absorbed into the space of latents and keys and values
+expanded block by block. Parameters, names and the cache's contents are upstream's, kv_b_proj stays one matrix.
+
+Left to upstream, bit for bit: forwards with gradients (training, and QK-Clip's observation of it), eager attention (which
+returns its weights), autocast, flex and flash attention but for single queries without a mask, and prompts short enough
+that one call of SDPA is as good. What the rest gives up is equality of the last bits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
-from transformers.integrations.flex_attention import flex_attention_forward
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_interleave,
+)
 
-from .optim.observe import record, recording
+from . import few_tokens, mla, padded_sdpa
+from .cpu import mla as cpu_mla
+from .latent_cache import Int8LatentLayer, adopt
+from .optim.observe import recording
 
-NAME = "flex_attention"
-# What upstream applies to logits or their normalisation out of our sight.
-_OUTSIDE = ("softcap", "position_bias", "s_aux")
-
-
-def observed_flex_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | BlockMask,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of query [b, heads, q, d] over key and value [b, kv heads, k, d], as transformers computes it.
-
-    Returns:
-        The output [b, q, heads, d] and, on a GPU, the log-sum-exp [b, heads, q].
-
-    Raises:
-        ValueError: `softcap`, `position_bias` or `s_aux` in a watched module.
-    """
-    output, lse = flex_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs)
-    if recording():
-        for name in _OUTSIDE:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} is set in a watched module; the largest logit is known only without {_OUTSIDE}"
-                )
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mask: Any = attention_mask
-        if isinstance(mask, BlockMask):
-            mask = mask.mask_mod
-        elif mask is not None:
-            mask = mask[:, :1, :, : key.shape[-2]]  # upstream reads the first head's
-        record(query, key, lse, scaling=scale, mask=mask)
-    return output, lse
+_BLOCKWISE = ("sdpa", padded_sdpa.NAME)
+# Scores of a first prefill for which upstream's single call is kept: 16 MB in float32.
+_FEW_SCORES = 1 << 22
+# What the CPU kernel takes at a time; for more, matrix products of torch are as good.
+_FEW_QUERIES = 16
 
 
-def register() -> None:
-    """Put the wrapper in the place of transformers' `flex_attention`. Idempotent."""
-    function: Any = observed_flex_attention
-    AttentionInterface.register(NAME, function)
+class _Stored(NamedTuple):
+    """A layer's latents, this forward's included."""
+
+    num_keys: int
+    read: mla.Latents
+    codes: Int8LatentLayer | None = None
+
+
+class KimiK2Attention(DeepseekV3Attention):
+    """Multi-head latent attention. Hidden states [b, q, hidden] -> ([b, q, hidden], weights or None)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As upstream's, from the cached latents where no gradients are needed."""
+        if past_key_values is not None:
+            adopt(past_key_values)
+        if not self._reads_latents(hidden_states, attention_mask, past_key_values):
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )[:2]
+        batch, num_queries, _ = hidden_states.shape
+        q_nope, q_rot, c, k_rot = self._project(hidden_states, position_embeddings)
+        stored = self._store(past_key_values, c, k_rot)
+        if attention_mask is None and 1 < num_queries < stored.num_keys:
+            # Upstream's mask for the first tokens in a static cache: what is behind them is not seen.
+            stored = stored._replace(num_keys=num_queries)
+        output = self._attend(q_nope, q_rot, stored, attention_mask)
+        return few_tokens.linear(self.o_proj, output.reshape(batch, num_queries, -1)), None
+
+    def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [b, 1, s, rank] and rotated keys [b, 1, s, d] -> keys and values [b, heads, s, ...], `torch.equal`.
+
+        In one operation, which recompute.py can repeat: upstream writes the keys piece by piece into an empty tensor.
+        """
+        widths = [self.qk_nope_head_dim, self.v_head_dim]
+        both = self.kv_b_proj(kv_nope).unflatten(-1, (-1, sum(widths))).squeeze(1).transpose(1, 2)
+        k_nope, values = both.split(widths, dim=-1)
+        return torch.cat((k_nope, k_rot.expand(-1, both.shape[1], -1, -1)), dim=-1), values
+
+    def _reads_latents(self, hidden_states: Tensor, mask: Any, cache: Cache | None) -> bool:
+        """Whether this forward is ours."""
+        if torch.is_grad_enabled() or (self.training and self.attention_dropout):
+            return False
+        if not torch.compiler.is_compiling() and recording():  # compiled modules cannot be watched
+            return False
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return False
+        num_queries = hidden_states.shape[1]
+        implementation = self.config._attn_implementation
+        if implementation not in _BLOCKWISE:
+            return implementation != "eager" and cache is not None and mask is None and num_queries == 1
+        if cache is not None:
+            # The length of a static cache is a tensor; its first prefill comes without a mask.
+            follows = (
+                num_queries == 1 or mask is not None
+                if cache.is_compileable
+                else cache.get_seq_length(self.layer_idx) > 0
+            )
+            if follows:
+                return True
+        return hidden_states.shape[0] * self.num_heads * num_queries**2 > _FEW_SCORES
+
+    def _project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [b, q, heads, nope] and [b, q, heads, rotary], latents [b, q, rank], rotated keys [b, q, rotary]."""
+        if self.q_proj is not None:
+            query = few_tokens.linear(self.q_proj, hidden_states)
+        else:
+            assert self.q_a_proj is not None
+            assert self.q_a_layernorm is not None
+            assert self.q_b_proj is not None
+            query = self.q_a_layernorm(few_tokens.linear(self.q_a_proj, hidden_states))
+            query = few_tokens.linear(self.q_b_proj, query)
+        query = query.view(*query.shape[:2], -1, self.qk_head_dim)
+        q_nope, q_rot = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        compressed = few_tokens.linear(self.kv_a_proj_with_mqa, hidden_states)
+        c, k_rot = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
+        q_rot, k_rot = rotate(q_rot, k_rot[:, :, None], *position_embeddings, unsqueeze_dim=2)
+        return q_nope, q_rot, self.kv_a_layernorm(c), k_rot[:, :, 0]
+
+    def _store(self, cache: Cache | None, c: Tensor, k_rot: Tensor) -> _Stored:
+        if cache is not None:
+            layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+            if isinstance(layer, Int8LatentLayer) and not cache.offloading:
+                layer.append(c[:, None], k_rot[:, None])
+
+                def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+                    keys, values = layer.latents(start, stop)
+                    return keys[:, 0], values[:, 0]
+
+                return _Stored(layer.get_seq_length(), read, layer)
+            keys, values = cache.update(c[:, None], k_rot[:, None], self.layer_idx)
+            c, k_rot = keys[:, 0], values[:, 0]
+        return _Stored(c.shape[1], lambda start, stop: (c[:, start:stop], k_rot[:, start:stop]))
+
+    def _attend(self, q_nope: Tensor, q_rot: Tensor, stored: _Stored, mask: Tensor | None) -> Tensor:
+        """[b, q, heads, nope], [b, q, heads, rotary] -> [b, q, heads, value]."""
+        num_queries, num_keys = q_nope.shape[1], stored.num_keys
+        value_dim = cast(int, self.v_head_dim)
+        kv_b = few_tokens.plain_weight(self.kv_b_proj, q_nope)
+        # An adapted, quantised or offloaded kv_b_proj shows its matrix by what it makes of the identity's rows.
+        num_unfolded = self.kv_lora_rank if kv_b is None else 0
+        sizes = self.kv_lora_rank, self.qk_nope_head_dim, value_dim
+        if not mla.absorbs(num_queries, num_keys, *sizes, num_unfolded):
+            query = torch.cat((q_nope, q_rot), dim=-1).transpose(1, 2)
+
+            def expand(latents: Tensor) -> Tensor:
+                return few_tokens.linear(self.kv_b_proj, latents)
+
+            return mla.expanded(query, stored.read, num_keys, expand, self.scaling, mask, value_dim)
+        if kv_b is None:
+            identity = torch.eye(self.kv_lora_rank, dtype=q_nope.dtype, device=q_nope.device)
+            kv_b = self.kv_b_proj(identity).T.contiguous()
+        if num_queries <= _FEW_QUERIES:
+            if stored.codes is not None:
+                codes, scales = stored.codes.codes, stored.codes.scales
+                if cpu_mla.takes(q_nope, codes, kv_b):
+                    return cpu_mla.decode_int8(
+                        q_nope, q_rot, codes, scales, kv_b, self.scaling, mask, v_head_dim=value_dim
+                    )
+            else:
+                c, k_rot = stored.read(0, num_keys)
+                if cpu_mla.takes(q_nope, c, kv_b):
+                    return cpu_mla.decode(
+                        q_nope, q_rot, c, k_rot, kv_b, self.scaling, mask, v_head_dim=value_dim
+                    )
+        return mla.absorbed(
+            q_nope.transpose(1, 2),
+            q_rot.transpose(1, 2),
+            stored.read,
+            num_keys,
+            kv_b,
+            self.scaling,
+            mask,
+            value_dim,
+        )

@@ -21,12 +21,14 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3Model,
     DeepseekV3PreTrainedModel,
-    DeepseekV3TopkRouter,
 )
-from transformers.utils.generic import can_return_tuple, maybe_autocast
+from transformers.utils.generic import can_return_tuple
 
-from . import loading, saving
+from . import few_tokens, loading, saving
+from .attention import KimiK2Attention
 from .configuration_kimi_k2 import KimiK2Config
+from .few_tokens import KimiK2TopkRouter
+from .generation import LatentGeneration
 from .linear_cross_entropy import IGNORE_INDEX, LanguageModelHead
 from .preflight import IGNORED_KEYS
 
@@ -102,31 +104,34 @@ class KimiK2PreTrainedModel(DeepseekV3PreTrainedModel):
         saving.save_pretrained(self, super().save_pretrained, save_directory, *args, **kwargs)
 
 
-class KimiK2TopkRouter(DeepseekV3TopkRouter):
-    """Upstream's router, in float32 under autocast too.
-
-    Upstream casts its operands to float32, but autocast casts a linear layer's operands again: in bfloat16 the scores of
-    hundreds of experts tie, and the experts chosen are not those that the weights ask for.
-    """
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[batch, sequence, hidden] -> logits [tokens, experts], weights and indices of the chosen [tokens, top k]."""
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states)
-
-
 class KimiK2Model(KimiK2PreTrainedModel, DeepseekV3Model):
     """The decoder without a head. Input ids [batch, sequence] -> hidden states [batch, sequence, hidden]."""
 
     def __init__(self, config: KimiK2Config) -> None:
         super().__init__(config)
-        for module in self.modules():
-            if type(module) is DeepseekV3TopkRouter:
-                # The layers build upstream's. A new one would draw its weights again; this has no state of its own.
-                module.__class__ = KimiK2TopkRouter
+        few_tokens.install(self)
+        for layer in self.layers:
+            # The layers build upstream's. A new one would draw its weights again; this has no state of its own.
+            layer.self_attn.__class__ = KimiK2Attention
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream's."""
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        with few_tokens.kernels(inputs, past_key_values):
+            return super().forward(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
+            )
 
 
-class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
+class KimiK2ForCausalLM(LatentGeneration, KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
     """The decoder with its language-model head. Input ids [batch, sequence] -> logits [batch, sequence, vocab].
 
     Attributes:
@@ -142,7 +147,7 @@ class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
         )  # its own __init__ would build DeepSeek's base model
         self.model = KimiK2Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = few_tokens.KimiK2Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -173,7 +178,8 @@ class KimiK2ForCausalLM(KimiK2PreTrainedModel, DeepseekV3ForCausalLM):
             "use_cache": use_cache,
         }
         if labels is None or self.loss_chunk_tokens is None:
-            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+            with few_tokens.kernels(input_ids if inputs_embeds is None else inputs_embeds, past_key_values):
+                return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         if not isinstance(self.lm_head, LanguageModelHead):
             raise ValueError(
                 f"loss_chunk_tokens is {self.loss_chunk_tokens}, but lm_head was replaced by a "

@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from .experts import NAME as EXPERTS
 from .quantization.packed_experts import PackedExperts
@@ -97,7 +96,6 @@ class Recompute:
         ]
         self._full = "full" in names
         self._offload = offload
-        self._attentions: list[nn.Module] = []
         chosen = [module for name in sorted(names - {"full"}) for module in _modules(model, name)]
         if self._full:
             if not self._layers:
@@ -114,10 +112,6 @@ class Recompute:
                 module for module in model.modules() if next(module.parameters(False), None) is not None
             ]
             self._handles += [module.register_forward_pre_hook(self._own) for module in owners]
-        if "mla_up" in names:
-            self._attentions = [module for module in model.modules() if type(module) is DeepseekV3Attention]
-        for module in self._attentions:
-            module.__class__ = _Attention
         for module in chosen:
             self._handles.append(module.register_forward_pre_hook(self._open))
             self._handles.append(module.register_forward_hook(self._close, always_call=True))
@@ -127,9 +121,6 @@ class Recompute:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module in self._attentions:
-            module.__class__ = DeepseekV3Attention
-        self._attentions.clear()
         if self._full:
             self._checkpoint(False)
             self._full = False
@@ -167,17 +158,6 @@ class Recompute:
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._frames:
             self._frames[-1].depth -= 1
-
-
-class _Attention(DeepseekV3Attention):
-    """Upstream's, whose keys are made in one operation: it writes them piece by piece into an empty tensor."""
-
-    def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [b, 1, s, rank] and rotated keys [b, 1, s, d] -> keys and values [b, heads, s, ...], `torch.equal`."""
-        widths = [self.qk_nope_head_dim, self.v_head_dim]
-        both = self.kv_b_proj(kv_nope).unflatten(-1, (-1, sum(widths))).squeeze(1).transpose(1, 2)
-        k_nope, values = both.split(widths, dim=-1)
-        return torch.cat((k_nope, k_rot.expand(-1, both.shape[1], -1, -1)), dim=-1), values
 
 
 def _checkpoint(function: Any, *args: Any) -> Any:

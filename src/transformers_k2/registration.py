@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, TOKENIZER_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from . import attention, experts, padded_sdpa, peft_mapping
+from . import experts, flex_attention, padded_sdpa, peft_mapping
 from .configuration_kimi_k2 import KimiK2Config
 from .modeling_kimi_k2 import (
     KimiK2ForCausalLM,
@@ -83,6 +83,6 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
     peft_mapping.register()
-    attention.register()
+    flex_attention.register()
     padded_sdpa.register()
     experts.register()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+from transformers_k2.cpu import library
 from transformers_k2.quantization import cpu_kernel
 from transformers_k2.quantization.cpu_kernel import grouped_linear, linear
 
@@ -26,16 +27,16 @@ HALF = 2**-8  # of the last bit of a bfloat16, at most, in relation to the numbe
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Compiled once for this file, in a cache of its own; the path of the library."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv(cpu_kernel.SWITCH, raising=False)
-        cpu_kernel._load.cache_clear()
+        patch.delenv(library.SWITCH, raising=False)
+        library._LOADED.clear()
         if not cpu_kernel.available():
             pytest.skip("no C compiler here")
-        yield cpu_kernel._compiled()
-    cpu_kernel._load.cache_clear()
+        yield library.compiled(cpu_kernel.SOURCE)
+    library._LOADED.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +53,10 @@ def other_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """An empty cache; nothing is loaded yet."""
     loaded = cpu_kernel._library()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_kernel._load.cache_clear()
+    library._LOADED.clear()
     yield tmp_path / "transformers_k2"
     monkeypatch.undo()
-    cpu_kernel._load.cache_clear()
+    library._LOADED.clear()
     assert cpu_kernel._library() is not None
     assert loaded is not None
 
@@ -260,14 +261,14 @@ def test_callers_at_once_and_after_a_fork() -> None:
 
 def test_plain_c_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled where there is no AVX2."""
-    library = tmp_path / "portable.so"
-    flags = [*cpu_kernel.FLAGS, "-DINT4_PORTABLE", "-Wall", "-Wextra", "-Werror"]
+    path = tmp_path / "portable.so"
+    flags = [*library.FLAGS, "-DINT4_PORTABLE", "-Wall", "-Wextra", "-Werror"]
     compiler = os.environ.get("CC", "cc").split()
-    subprocess.run([*compiler, *flags, str(cpu_kernel._SOURCE), "-o", str(library)], check=True)
+    subprocess.run([*compiler, *flags, str(cpu_kernel.SOURCE), "-o", str(path)], check=True)
     packed, scale, weight = matrix(2, 70, 2144)
     cases = [activations(num_rows, 2144, dtype) for dtype in DTYPES for num_rows in (1, 2, 3, 9)]
     expected = [grouped_linear(x, [1, len(x)], packed, scale) for x in cases]
-    portable = ctypes.CDLL(str(library))
+    portable = ctypes.CDLL(str(path))
     portable.int4_scratch.restype = ctypes.c_int64
     loaded = cpu_kernel._library()
     assert loaded is not None
@@ -291,7 +292,7 @@ def test_library_is_kept(other_cache: Path) -> None:
     assert cpu_kernel.available()
     (path,) = other_cache.iterdir()
     before = path.stat().st_mtime_ns
-    cpu_kernel._load.cache_clear()
+    library._LOADED.clear()
     assert cpu_kernel.available()
     assert path.stat().st_mtime_ns == before
 
@@ -301,7 +302,7 @@ def test_library_is_kept(other_cache: Path) -> None:
     [
         ("PATH", "", "No such file"),
         ("CC", "false", "false --version failed"),
-        (cpu_kernel.SWITCH, "0", f"{cpu_kernel.SWITCH}=0"),
+        (library.SWITCH, "0", f"{library.SWITCH}=0"),
     ],
 )
 def test_not_available(
@@ -315,7 +316,7 @@ def test_not_available(
     packed, scale, _ = matrix(8, 64)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv(variable, value)
-    with caplog.at_level(logging.INFO, logger=cpu_kernel.__name__):
+    with caplog.at_level(logging.INFO, logger=library.__name__):
         assert not cpu_kernel.available()
         assert not cpu_kernel.available()
     assert len(caplog.records) == 1
@@ -330,11 +331,11 @@ def test_code_of_others_is_not_loaded(other_cache: Path, caplog: pytest.LogCaptu
     assert not cpu_kernel.available()
     assert "others may write" in caplog.text
     other_cache.chmod(0o700)
-    cpu_kernel._load.cache_clear()
+    library._LOADED.clear()
     assert cpu_kernel.available()
     (path,) = other_cache.iterdir()
     path.chmod(0o722)
-    cpu_kernel._load.cache_clear()
+    library._LOADED.clear()
     assert not cpu_kernel.available()
 
 

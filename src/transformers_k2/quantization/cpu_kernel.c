@@ -5,9 +5,8 @@
    exact. The rest is float32, in an order that depends on nothing but the number of inputs: the same bits for any
    number of threads, and whatever else is in the batch. */
 
-#include <stdatomic.h>
-#include <stdint.h>
-#include <string.h>
+#include "../cpu/common.h"
+
 #if defined(__AVX2__) && defined(__FMA__) && !defined(INT4_PORTABLE)
 #include <immintrin.h>
 #define INT4_AVX2
@@ -31,10 +30,7 @@ typedef struct {
     int64_t expert, start, end;
 } Slice;
 
-typedef struct Job {
-    void (*work)(struct Job *, int64_t task);
-    int64_t num_tasks;
-    atomic_llong next;
+typedef struct {
     const uint8_t *packed;  /* [experts, out, in / 2] */
     const uint16_t *scale;  /* [experts, out, groups] */
     const void *input;      /* [rows, in] */
@@ -44,24 +40,6 @@ typedef struct Job {
     int64_t num_in, num_out, num_groups, num_chunks, num_tiles;
     int wide, parts; /* float32 rather than bfloat16: two integers to an activation */
 } Job;
-
-static inline float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t to_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline uint16_t to_bfloat16(float value) {
-    uint32_t bits = to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* ties to even */
-}
 
 /* 32 inputs as integers of at most 2^14, so that sums of weights times them are exact in float32. The second
    integer, for float32, is what the first leaves, in 2^-15 of its unit. Inputs far below the smallest normal number
@@ -94,7 +72,8 @@ static void prepare_group(const float value[GROUP], int half, int parts, Chunk *
     }
 }
 
-static void prepare_row(Job *job, int64_t row) {
+static void prepare_row(void *of, int64_t row) {
+    const Job *job = of;
     Chunk *chunks = job->chunks + row * job->parts * job->num_chunks;
     if (job->num_in % CHUNK)
         for (int part = 1; part <= job->parts; part++)
@@ -231,7 +210,8 @@ static inline float total(const float lanes[LANES]) {
 }
 
 /* A few outputs of all rows of one expert. Few rows at a time, and of these as many inputs as the cache holds. */
-static void multiply_tile(Job *job, int64_t task) {
+static void multiply_tile(void *of, int64_t task) {
+    const Job *job = of;
     Slice slice = job->slices[task / job->num_tiles];
     int64_t first = task % job->num_tiles * TILE, last = first + TILE < job->num_out ? first + TILE : job->num_out;
     int64_t row = slice.start * job->parts, end = slice.end * job->parts;
@@ -261,25 +241,6 @@ static void multiply_tile(Job *job, int64_t task) {
     }
 }
 
-static void run_tasks(Job *job) {
-    int64_t task;
-    while ((task = atomic_fetch_add(&job->next, 1)) < job->num_tasks) job->work(job, task);
-}
-
-/* On torch's own threads: others would wait for a core while these spin, as OpenMP's do between two operations. */
-static void run(Job *job, int num_threads) {
-    if (num_threads > job->num_tasks) num_threads = (int)job->num_tasks;
-    atomic_init(&job->next, 0);
-#ifdef _OPENMP
-    if (num_threads > 1) {
-#pragma omp parallel num_threads(num_threads)
-        run_tasks(job);
-        return;
-    }
-#endif
-    run_tasks(job);
-}
-
 /* Bytes of `scratch` that a call needs; it is aligned to 32. */
 int64_t int4_scratch(int64_t num_rows, int64_t num_in, int64_t num_experts, int wide) {
     int64_t num_chunks = (num_in + CHUNK - 1) / CHUNK;
@@ -302,11 +263,7 @@ int int4_grouped(
         if (ends[expert] < start || ends[expert] > num_rows) return -1;
         if (ends[expert] > start) job.slices[num_slices++] = (Slice){expert, start, ends[expert]};
     }
-    job.work = prepare_row;
-    job.num_tasks = start;
-    run(&job, start * num_in < PREPARED_ALONE ? 1 : num_threads);
-    job.work = multiply_tile;
-    job.num_tasks = num_slices * job.num_tiles;
-    run(&job, num_threads);
+    run(prepare_row, &job, start, start * num_in < PREPARED_ALONE ? 1 : num_threads);
+    run(multiply_tile, &job, num_slices * job.num_tiles, num_threads);
     return 0;
 }

@@ -5,9 +5,8 @@ kernel is far from that where the CPU has no AVX-512, and it wants the weights i
 cpu_kernel.c) reads the checkpoint's bytes as they are, multiplies in integers, takes a whole layer's experts in one call,
 and gives the same bits for any number of threads and whatever other rows are in the batch.
 
-The library goes to `transformers_k2` in $XDG_CACHE_HOME or ~/.cache, once for each version, compiler and CPU. It needs
-a C compiler ($CC, else cc). Without, or with TRANSFORMERS_K2_CPU_KERNEL=0, `available` is False, a log message says why,
-and the caller keeps another way. It shares torch's threads where torch has GNU OpenMP, as on Linux, and has one elsewhere.
+It is compiled at first use (cpu/library.py). Without a C compiler, or with TRANSFORMERS_K2_CPU_KERNEL=0, `available` is
+False, a log message says why, and the caller keeps another way.
 
 What it gives up: gradients; memory during a call, 2.5 bytes for each bfloat16 input and 5 for float32; the sign of
 infinite inputs (a row that has one, or NaN, gives NaN); inputs above 1e35, whose products may overflow before they are
@@ -17,37 +16,26 @@ scaled; groups that are no multiple of 32. Only AVX2 has code of its own: elsewh
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import stat
-import subprocess
-import sys
-import tempfile
-import threading
 from array import array
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
 from jaxtyping import BFloat16, Float, Int32, Int64
 from torch import Tensor
 
+from ..cpu import library
+from ..cpu.library import NUMBER, POINTER, SIZE, has_bfloat16_instructions
 from .codecs.int4_pack import PER_INT32
-from .packed_linear import has_bfloat16_instructions
 
-SWITCH = "TRANSFORMERS_K2_CPU_KERNEL"
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 GROUP = 32  # of the C source
+SOURCE = Path(__file__).with_suffix(".c")
 
-_SOURCE = Path(__file__).with_suffix(".c")
 _DTYPES = (torch.bfloat16, torch.float32)
-_COMPILING = threading.Lock()
-
-logger = logging.getLogger(__name__)
+_SIGNATURES = {
+    "int4_scratch": ([SIZE] * 3 + [NUMBER], SIZE),
+    "int4_grouped": ([POINTER] * 6 + [SIZE] * 5 + [NUMBER] * 2, NUMBER),
+}
 
 
 def available() -> bool:
@@ -142,14 +130,14 @@ def grouped_linear(
     limits = array("q", ends.tolist() if isinstance(ends, Tensor) else ends)
     if len(limits) != num_experts:
         raise ValueError(f"ends has {len(limits)} numbers: expected {num_experts}, one for each expert.")
-    library = _library()
-    if library is None:
+    kernel = _library()
+    if kernel is None:
         raise RuntimeError("the CPU kernel is not available here: the log says why; ask `available` first.")
     x, wide = x.contiguous(), x.dtype == torch.float32
-    scratch = x.new_empty(library.int4_scratch(x.shape[0], num_in, num_experts, wide), dtype=torch.uint8)
+    scratch = x.new_empty(kernel.int4_scratch(x.shape[0], num_in, num_experts, wide), dtype=torch.uint8)
     addresses = x.data_ptr(), limits.buffer_info()[0], packed.data_ptr(), scale.data_ptr()
     sizes = x.shape[0], num_experts, num_in, num_out, num_groups
-    if library.int4_grouped(
+    if kernel.int4_grouped(
         *addresses, out.data_ptr(), scratch.data_ptr(), *sizes, wide, torch.get_num_threads()
     ):
         raise ValueError(f"ends is {list(limits)}: expected ascending numbers from 0 to {x.shape[0]}.")
@@ -182,82 +170,4 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def _library() -> ctypes.CDLL | None:
-    with _COMPILING:
-        return _load()
-
-
-@cache
-def _load() -> ctypes.CDLL | None:
-    if os.environ.get(SWITCH) == "0":
-        logger.info("INT4 products go without the CPU kernel: %s=0.", SWITCH)
-        return None
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        logger.warning(
-            "INT4 products on the CPU are slower than they could be, without their kernel: %s", error
-        )
-        return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.int4_scratch.argtypes, library.int4_scratch.restype = [size] * 3 + [number], size
-    library.int4_grouped.argtypes = [pointer] * 6 + [size] * 5 + [number] * 2
-    return library
-
-
-def _compiled() -> Path:
-    """The library's file, which is made if it is not there.
-
-    Raises:
-        OSError, RuntimeError, ValueError, subprocess.SubprocessError: there is no compiler, it fails, or the folder is
-            of no use.
-    """
-    if os.name != "posix" or sys.byteorder != "little":
-        raise RuntimeError(
-            f"it is for little-endian Unix systems: this is {platform.system()}, {sys.byteorder}-endian"
-        )
-    flags = [*FLAGS, "-fopenmp"] if _torch_has_gnu_openmp() else list(FLAGS)
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    version = _output([*compiler, "--version"])
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), version, *compiler, *flags, _cpu()]).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers_k2"
-    path = folder / f"cpu_kernel-{key.hexdigest()[:32]}.so"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder)
-    if not path.exists():
-        # Processes that do the same meanwhile write elsewhere; the last one's file stays, and all are alike.
-        with tempfile.TemporaryDirectory(prefix="cpu_kernel-", dir=folder) as scratch:
-            library = Path(scratch) / path.name
-            _output([*compiler, *flags, str(_SOURCE), "-o", str(library)])
-            library.chmod(0o700)
-            library.replace(path)
-    _check_owner(path)
-    return path
-
-
-def _torch_has_gnu_openmp() -> bool:
-    """Then a library that is linked with it gets the one that is loaded, by its name, and its threads."""
-    maps = Path("/proc/self/maps")
-    return maps.exists() and "/libgomp.so.1" in maps.read_text()
-
-
-def _output(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
-    if result.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed: {(result.stderr or result.stdout).strip()[:1000]}")
-    return result.stdout
-
-
-def _check_owner(path: Path) -> None:
-    """Code that others could have put there is not loaded."""
-    status = path.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or path.is_symlink():
-        raise RuntimeError(f"{path} is not this user's own, or others may write to it")
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    names = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in info.read_text().splitlines() if line.startswith(names)}))
+    return library.load(SOURCE, _SIGNATURES, "INT4 products")

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
+from ..cpu.library import has_bfloat16_instructions
 from .codecs import int4_pack
 from .kernel_layout import known_layout
 
@@ -125,13 +125,6 @@ def linear_transposed(
         product = rows @ _tile(weight, scale, slice(0, num_out), band, group_size, rows.dtype)
         out.view(-1, num_in)[:, band] = product
     return out
-
-
-@cache
-def has_bfloat16_instructions() -> bool:
-    """Whether the CPU multiplies bfloat16 itself: AVX512-BF16, AMX, or ARM's BF16."""
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def _working(x: Tensor) -> torch.dtype:
