@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
-from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, LatentCache
+from transformers_k2 import GenerationSession, KimiK2Config, KimiK2ForCausalLM, LatentCache
 
 CONTEXTS = (1, 1024, 4096, 16384, 32768, 131072)
 SHAPE: dict[str, Any] = {

@@ -20,10 +20,13 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DeepseekV3PreTrainedModel,
+    DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     Kimi_K25Config,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
     core_model_loading,
 )
 from transformers.conversion_mapping import (
@@ -35,6 +38,7 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from transformers.distributed import sharding_utils
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.masking_utils import create_causal_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers import auto as quantizers
@@ -286,3 +290,63 @@ def test_plain_attributes_of_a_configuration_are_saved_by_upstream() -> None:
     config = PreTrainedConfig()
     config.note_of_mine = 1
     assert "note_of_mine" in config.to_diff_dict()
+
+
+def test_attention_expands_the_whole_cache_at_every_step(tiny_config: Any) -> None:
+    """Why attention.py exists: kv_b_proj runs over all cached latents for one query."""
+    model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(tiny_config().to_dict())).eval()
+    seen: list[int] = []
+    model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[-2])
+    )
+    with torch.no_grad():
+        cache = model(torch.arange(3, 40)[None]).past_key_values
+        model(torch.tensor([[5]]), past_key_values=cache)
+    assert seen == [37, 38]
+
+
+def test_dynamic_caches_are_copied_at_every_step() -> None:
+    """Why latent_cache.py exists."""
+    cache = DynamicCache()
+    first, _ = cache.update(torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 9, 2), 0)
+    second, _ = cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 2), 0)
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_generate_has_a_step_that_prefills_and_one_that_makes_the_cache() -> None:
+    """generation.py overrides both."""
+    assert list(inspect.signature(GenerationMixin._prefill).parameters)[1:4] == [
+        "input_ids",
+        "generation_config",
+        "model_kwargs",
+    ]
+    assert list(inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters)[1:3] == [
+        "generation_config",
+        "model_kwargs",
+    ]
+    assert GenerationConfig().prefill_chunk_size is None
+
+
+def test_masks_for_sdpa_are_boolean_and_left_out_where_causality_is_enough(tiny_config: Any) -> None:
+    """attention.py: no mask means causal; for the first tokens of a static cache too, though there are more keys."""
+    config = tiny_config()
+    config._attn_implementation = "sdpa"
+
+    def mask(cache: Any, num_queries: int, padding: torch.Tensor | None = None) -> Any:
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=torch.zeros(1, num_queries, 8),
+            attention_mask=padding,
+            past_key_values=cache,
+        )
+
+    dynamic, static = DynamicCache(), StaticCache(config, max_cache_len=12)
+    for cache in (dynamic, static):
+        assert mask(cache, 5, torch.ones(1, 5, dtype=torch.int64)) is None
+        cache.update(torch.zeros(1, 1, 5, 24), torch.zeros(1, 1, 5, 12), 0)
+    assert mask(dynamic, 1) is None
+    later = mask(dynamic, 3)
+    assert later.dtype == torch.bool
+    assert later.shape == (1, 1, 3, 8)
+    padded = mask(static, 1, torch.ones(1, 6, dtype=torch.int64))
+    assert padded[0, 0, 0].tolist() == [True] * 6 + [False] * 6

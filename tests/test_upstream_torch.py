@@ -60,3 +60,13 @@ def test_trainer_cannot_read_the_hubs_yarn_when_it_resumes(tmp_path: Path) -> No
     KimiK2Config().save_pretrained(tmp_path)
     with pytest.raises(AttributeError, match="max_position_embeddings"):
         PreTrainedConfig.from_json_file(tmp_path / "config.json")
+
+
+def test_the_fused_cpu_kernel_says_zero_for_the_log_sum_exp_of_a_row_that_sees_nothing() -> None:
+    """mla.py sets it to -inf, before blocks are combined."""
+    q, mask = torch.randn(1, 1, 2, 8), torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]])
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, q, q, 0.0, False, attn_mask=mask[None, None]
+    )
+    assert lse[0, 0, 1] == 0
+    assert torch.equal(output[0, 0, 1], torch.zeros(8))

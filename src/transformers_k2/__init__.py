@@ -14,6 +14,7 @@ from .modeling_kimi_k2 import (
 from .optim import MuonClip, muon_clip
 from .quantization.hf_quantizer import Int4Config
 from .registration import register
+from .session import GenerationSession
 from .tokenization_kimi_k2 import KimiK2Tokenizer
 from .tokenizer_training import train_tokenizer
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 register()
 
 __all__ = [
+    "GenerationSession",
     "Int4Config",
     "KimiK2Config",
     "KimiK2ForCausalLM",

@@ -27,6 +27,13 @@ from .cpu import mla as cpu_mla
 from .latent_cache import Int8LatentLayer, adopt
 from .optim.observe import recording
 
+# Attention split by heads, with whole latents on every rank: transformers' own plan for DeepSeek-V3 leaves it whole. For
+# `DistributedConfig(tp_plan=TP_PLAN_HEADS)`, which adds it to the model's plan.
+TP_PLAN_HEADS = {
+    "model.layers.*.self_attn.q_b_proj": "colwise",
+    "model.layers.*.self_attn.kv_b_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+}
 _BLOCKWISE = ("sdpa", padded_sdpa.NAME)
 # Scores of a first prefill for which upstream's single call is kept: 16 MB in float32.
 _FEW_SCORES = 1 << 22

@@ -1,4 +1,4 @@
-/* Attention of few queries to a cache of latents that stay compressed; mla.py compiles this file and says what it is for.
+/* Attention of few queries to a cache of latents that stay compressed; mla.py compiles this and says what it is for.
 
    A head's key is W_UK c with the shared rotary key r behind it, its value W_UV c, where c is the token's latent. So a
    score is (q W_UK) c + q_rot r, and the output W_UV (sum of p c): nothing is expanded. A head of a query is a "row".
@@ -8,37 +8,18 @@
              running maxima, sums and outputs (online softmax);
      finish  the chunks' outputs are put together, and W_UV applied.
    Both halves of `attend` are products of small matrices. `dots` and `combine` are these products; the other stages
-   use them on the weights.
+   use them on the weights. Latents in 8 bits have products of their own.
 
-   bfloat16 numbers become float32 in registers, 16 at a time: those at even places, then those at odd ones. Rows in
-   float32 are kept in that order ("paired"), which costs nothing since only products of two such rows are ever taken.
    Everything is float32, in an order that depends on the number of tokens only: the same bits for any number of
    threads, and whatever else is in the batch. */
 
-#include <math.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "mla_float.h"
+#include "mla_int8.h"
 
-#include "common.h"
-
-#define LANES 8
-#define PAIR (2 * LANES)   /* numbers converted at a time */
-#define BLOCK 48           /* tokens between two updates of the maxima: they stay in the second-level cache meanwhile */
-#define STEP (BLOCK + LANES) /* from one row's scores to the next one's */
-#define ROWS 64            /* rows of a task: their scores stay in the first-level cache */
-#define MAX_CHUNKS 64      /* tasks that the tokens are cut into at most */
-#define DOT_ROWS 4         /* rows and tokens of `dots` whose sums stay in registers */
-#define DOT_TOKENS 3
-#define COMBINE_ROWS 6     /* rows of `combine`, times PAIR; FEW_ROWS rows times twice that */
-#define FEW_ROWS 3
-#define MOST_PAIRS 2
-#define AHEAD 16           /* rows of weights that come from memory while one is used */
-#define ALONE (1 << 20)    /* products: for fewer, waking threads takes longer */
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+#define STEP (BLOCK + LANES) /* from one row's scores to the next one's: `dots` writes beyond a row's last */
+#define MAX_CHUNKS 32        /* tasks that the tokens are cut into at most */
+#define AHEAD 16             /* rows of weights that come from memory while as many are used */
+#define ALONE (1 << 20)      /* products: for fewer, waking threads takes longer */
 
 enum { NO_MASK, BOOL_MASK, FLOAT_MASK };
 
@@ -75,254 +56,9 @@ typedef struct Job {
     atomic_llong next[3];
 } Job;
 
-/* Rows of `size` numbers, `step` bytes apart. Those `ahead` bytes behind come from memory meanwhile: as a whole, or if
-   they are `shared`, the first halves of their numbers by `dots` and the second ones by `combine`. */
-typedef struct {
-    const char *data;
-    int64_t step, size, ahead;
-    int shared;
-} Source;
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t padded(int64_t size) { return (size + PAIR - 1) / PAIR * PAIR; }
-
 static inline float to_float(int wide, const void *from, int64_t i) {
     return wide ? ((const float *)from)[i] : from_bfloat16(((const uint16_t *)from)[i]);
 }
-
-/* Where number i of a row is in the paired order. */
-static inline int64_t place(int wide, int64_t i) {
-    return wide ? i : i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2;
-}
-
-/* Compilers that see the inner loops' registers all in use load factors again for each product, or spill sums. Spelled
-   out, a product takes its factors from registers and adds to its own. */
-#if defined(__AVX2__) && defined(__FMA__)
-#define IN_REGISTER(vector) __asm__("" : "+x"(vector))
-#define ADD_PRODUCT(sum, a, b) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b))
-#else
-#define IN_REGISTER(vector)
-#define ADD_PRODUCT(sum, a, b) ((sum) += (a) * (b))
-#endif
-
-/* Inlined, or specialised for a caller, such a function gets fewer registers. */
-#define APART __attribute__((noinline, noclone))
-
-/* Half of 16 numbers: the first or the last eight of float32, those at even or at odd places of bfloat16. */
-static inline __attribute__((always_inline)) Floats half(int wide, const char *from, int which) {
-    Words raw;
-    if (wide) {
-        memcpy(&raw, from + which * sizeof raw, sizeof raw);
-        return (Floats)raw;
-    }
-    memcpy(&raw, from, sizeof raw);
-    if (which) {
-        raw >>= 16;
-        IN_REGISTER(raw); /* else it becomes a mask, for which there is no register */
-    }
-    return (Floats)(raw << 16);
-}
-
-static inline Floats load(const float *from) {
-    Floats value;
-    memcpy(&value, from, sizeof value);
-    return value;
-}
-
-static inline void store(float *to, Floats value) { memcpy(to, &value, sizeof value); }
-
-/* e^x for x <= 0, within 1 ulp; 0 below the logarithm of the smallest normal number; NaN of NaN. */
-static inline Floats exponential(Floats x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
-    Ints normal = ~(x < -87.3f);
-    Floats shifted = x * 1.44269504f + magic, whole = shifted - magic;
-    Floats r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f; /* ln 2 in two parts: the first product is exact */
-    Floats series = 1.0f / 5040 * r + 1.0f / 720;
-    series = series * r + 1.0f / 120;
-    series = series * r + 1.0f / 24;
-    series = series * r + 1.0f / 6;
-    series = series * r + 0.5f;
-    series = (series * r * r + r) + 1.0f;
-    Floats power = (Floats)(((Words)shifted + (127 - 0x4b400000u)) << 23);
-    return (Floats)((Ints)(series * power) & normal);
-}
-
-static inline float exponential_of_one(float x) {
-    Floats all = {x, x, x, x, x, x, x, x};
-    return exponential(all)[0];
-}
-
-/* The sums of the lanes of three vectors, and a fourth number. */
-static inline void totals(Floats a, Floats b, Floats c, float to[4]) {
-    const Floats zero = {0};
-#ifdef __AVX2__
-    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)zero));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-#else
-    const Floats all[4] = {a, b, c, zero};
-    for (int i = 0; i < 4; i++)
-        to[i] = ((all[i][0] + all[i][1]) + (all[i][2] + all[i][3])) + ((all[i][4] + all[i][5]) + (all[i][6] + all[i][7]));
-#endif
-}
-
-/* sum[row][token] += 16 numbers of each row times those of each token. */
-static inline __attribute__((always_inline)) void multiply(
-    int wide, int num_rows, int num_tokens, const float *rows, int64_t row_step, const char *tokens, int64_t token_step,
-    Floats (*sum)[DOT_TOKENS]) {
-#pragma GCC unroll 2
-    for (int which = 0; which < 2; which++) {
-        Floats value[DOT_TOKENS];
-#pragma GCC unroll 4
-        for (int token = 0; token < num_tokens; token++) value[token] = half(wide, tokens + token * token_step, which);
-#pragma GCC unroll 4
-        for (int row = 0; row < num_rows; row++) {
-            Floats query = load(rows + row * row_step + which * LANES);
-#pragma GCC unroll 4
-            for (int token = 0; token < num_tokens; token++) ADD_PRODUCT(sum[row][token], query, value[token]);
-        }
-    }
-}
-
-/* The scalar products of few rows with few tokens, each in one or two parts; what lies behind them in `to` is lost. */
-static inline __attribute__((always_inline)) void dots_tile(
-    int wide, int num_rows, int num_tokens, const float *rows, int64_t row_step, const Source *parts, int num_parts,
-    int64_t first, float *to, int64_t to_step) {
-    const int64_t item = wide ? 4 : 2;
-    Floats sum[DOT_ROWS][DOT_TOKENS] = {0};
-    for (int part = 0; part < num_parts; part++) {
-        int64_t size = parts[part].size, step = parts[part].step, ahead = parts[part].ahead, whole = size / PAIR * PAIR;
-        const char *tokens = parts[part].data + first * step;
-        const int shared = parts[part].shared;
-        for (int64_t i = 0; i < whole; i += PAIR) {
-#pragma GCC unroll 4
-            for (int token = 0; token < num_tokens; token++)
-                __builtin_prefetch(tokens + token * step + ahead + (i * item >> shared));
-            multiply(wide, num_rows, num_tokens, rows + i, row_step, tokens + i * item, step, sum);
-        }
-        if (whole < size) {
-            char last[DOT_TOKENS][4 * PAIR] = {0};
-            for (int token = 0; token < num_tokens; token++)
-                memcpy(last[token], tokens + token * step + whole * item, (size_t)((size - whole) * item));
-            multiply(wide, num_rows, num_tokens, rows + whole, row_step, last[0], sizeof last[0], sum);
-        }
-        rows += padded(size);
-    }
-#pragma GCC unroll 4
-    for (int row = 0; row < num_rows; row++) totals(sum[row][0], sum[row][1], sum[row][2], to + row * to_step);
-}
-
-/* to[row][token]: the scalar products of all rows with all tokens. Room for three more numbers in a row of `to`. */
-static inline __attribute__((always_inline)) void dots_of(
-    int wide, const float *rows, int64_t num_rows, int64_t row_step, const Source *parts, int num_parts,
-    int64_t num_tokens, float *to, int64_t to_step) {
-    for (int64_t row = 0; row < num_rows;) {
-        int count = (int)least(num_rows - row, DOT_ROWS);
-        for (int64_t token = 0; token < num_tokens; token += DOT_TOKENS) {
-            const float *from = rows + row * row_step;
-            float *target = to + row * to_step + token;
-            int num = (int)least(num_tokens - token, DOT_TOKENS);
-#define TILE(r, t) dots_tile(wide, r, t, from, row_step, parts, num_parts, token, target, to_step)
-#define TILES(r) (num == 3 ? TILE(r, 3) : num == 2 ? TILE(r, 2) : TILE(r, 1))
-            switch (count) {
-                case 1: TILES(1); break;
-                case 2: TILES(2); break;
-                case 3: TILES(3); break;
-                default: TILES(4);
-            }
-#undef TILES
-#undef TILE
-        }
-        row += count;
-    }
-}
-
-static APART void dots(
-    int wide, const float *rows, int64_t num_rows, int64_t row_step, const Source *parts, int num_parts,
-    int64_t num_tokens, float *to, int64_t to_step) {
-    if (wide)
-        dots_of(1, rows, num_rows, row_step, parts, num_parts, num_tokens, to, to_step);
-    else
-        dots_of(0, rows, num_rows, row_step, parts, num_parts, num_tokens, to, to_step);
-}
-
-/* to[row] = to[row] * keep[row] + the sum over tokens of weights[row][token] * token, for 16 or 32 numbers of each. */
-static inline __attribute__((always_inline)) void combine_tile(
-    int wide, int num_rows, int num_pairs, const float *weights, int64_t weight_step, const float *keep,
-    const Source *source, const char *tokens, int64_t num_tokens, float *to, int64_t to_step) {
-    const int64_t item = wide ? 4 : 2, step = source->step, ahead = source->ahead;
-    Floats sum[COMBINE_ROWS][2 * MOST_PAIRS];
-#pragma GCC unroll 6
-    for (int row = 0; row < num_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 2 * num_pairs; i++) sum[row][i] = load(to + row * to_step + i * LANES) * keep[row];
-    for (int64_t token = 0; token < num_tokens; token++, tokens += step) {
-        __builtin_prefetch(tokens + ahead);
-#pragma GCC unroll 2
-        for (int pair = 0; pair < num_pairs; pair++) {
-            Floats first = half(wide, tokens + pair * PAIR * item, 0), second = half(wide, tokens + pair * PAIR * item, 1);
-#pragma GCC unroll 6
-            for (int row = 0; row < num_rows; row++) {
-                float w = weights[row * weight_step + token];
-                Floats weight = {w, w, w, w, w, w, w, w};
-                ADD_PRODUCT(sum[row][2 * pair], first, weight);
-                ADD_PRODUCT(sum[row][2 * pair + 1], second, weight);
-            }
-        }
-    }
-#pragma GCC unroll 6
-    for (int row = 0; row < num_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 2 * num_pairs; i++) store(to + row * to_step + i * LANES, sum[row][i]);
-}
-
-/* The same for all numbers of up to BLOCK tokens and for all rows, in tiles of nearly equal numbers of rows. */
-static inline __attribute__((always_inline)) void combine_of(
-    int wide, const float *weights, int64_t weight_step, const float *keep, const Source *tokens, int64_t num_tokens,
-    float *to, int64_t num_rows, int64_t to_step) {
-    const int64_t item = wide ? 4 : 2, num_tiles = (num_rows + COMBINE_ROWS - 1) / COMBINE_ROWS;
-    char last[BLOCK][4 * PAIR];
-    for (int64_t i = 0, width; i < tokens->size; i += width) {
-        const int is_double = num_rows <= FEW_ROWS && tokens->size - i >= 2 * PAIR;
-        Source source = *tokens;
-        const char *from = tokens->data + i * item;
-        if (tokens->shared) source.ahead += (tokens->size - i) * item / 2;
-        width = is_double ? 2 * PAIR : PAIR;
-        if (tokens->size - i < PAIR) {
-            memset(last, 0, sizeof last);
-            for (int64_t token = 0; token < num_tokens; token++)
-                memcpy(last[token], from + token * tokens->step, (size_t)((tokens->size - i) * item));
-            from = last[0];
-            source = (Source){.step = sizeof last[0]};
-        }
-        for (int64_t tile = 0; tile < num_tiles; tile++) {
-            int64_t row = tile * num_rows / num_tiles, count = (tile + 1) * num_rows / num_tiles - row;
-#define TILE(rows, pairs)                                                                                      \
-    combine_tile(                                                                                              \
-        wide, rows, pairs, weights + row * weight_step, weight_step, keep + row, &source, from, num_tokens,    \
-        to + row * to_step + i, to_step)
-            switch (count) {
-                case 1: is_double ? TILE(1, 2) : TILE(1, 1); break;
-                case 2: is_double ? TILE(2, 2) : TILE(2, 1); break;
-                case 3: is_double ? TILE(3, 2) : TILE(3, 1); break;
-                case 4: TILE(4, 1); break;
-                case 5: TILE(5, 1); break;
-                default: TILE(6, 1);
-            }
-#undef TILE
-        }
-    }
-}
-
-static APART void combine(
-    int wide, const float *weights, int64_t weight_step, const float *keep, const Source *tokens, int64_t num_tokens,
-    float *to, int64_t num_rows, int64_t to_step) {
-    if (wide)
-        combine_of(1, weights, weight_step, keep, tokens, num_tokens, to, num_rows, to_step);
-    else
-        combine_of(0, weights, weight_step, keep, tokens, num_tokens, to, num_rows, to_step);
-}
-
-#include "mla_int8.h"
 
 /* A row in float32 as the integers that meet codes. */
 static void code_row(const Job *job, const float *row, int16_t *to, float *units) {
@@ -347,7 +83,8 @@ static void absorb(void *all, int64_t head) {
     const Sizes *s = &job->s;
     const int wide = (int)s->wide;
     static const float ones[ROWS] = {[0 ... ROWS - 1] = 1.0f};
-    Source matrix = {job->kv_b + head * (s->nope + s->value) * s->latent * job->weight_item, s->latent * job->weight_item, s->latent, 0, 0};
+    const int64_t step = s->latent * job->weight_item;
+    const char *matrix = job->kv_b + head * (s->nope + s->value) * step;
     for (int64_t batch = 0; batch < s->batch; batch++) {
         float *rows = job->queries + (batch * job->rows + head * s->queries) * job->row_pad;
         float *nopes = job->nopes + (head * s->batch + batch) * s->queries * s->nope;
@@ -363,7 +100,7 @@ static void absorb(void *all, int64_t head) {
         }
         for (int64_t query = 0; query < s->queries; query += ROWS)
             for (int64_t i = 0; i < s->nope; i += AHEAD) {
-                Source part = {matrix.data + i * matrix.step, matrix.step, matrix.size, AHEAD * matrix.step, 0};
+                Source part = {matrix + i * step, step, s->latent, AHEAD * step, 0};
                 combine(
                     wide, nopes + query * s->nope + i, s->nope, ones, &part, least(s->nope - i, AHEAD),
                     rows + query * job->row_pad, least(s->queries - query, ROWS), job->row_pad);
@@ -371,8 +108,7 @@ static void absorb(void *all, int64_t head) {
         for (int64_t query = 0; query < s->queries && job->scales; query++) {
             int64_t row = batch * job->rows + head * s->queries + query;
             code_row(
-                job, job->queries + row * job->row_pad, job->coded + row * job->row_pad,
-                job->units + 2 * row);
+                job, job->queries + row * job->row_pad, job->coded + row * job->row_pad, job->units + 2 * row);
         }
     }
 }
@@ -467,16 +203,20 @@ static void attend(void *all, int64_t task) {
         const Source parts[2] = {
             {latents + start * latent_step, latent_step, s->latent, BLOCK * latent_step, 1},
             {rotary + start * rotary_step, rotary_step, s->rotary, BLOCK * rotary_step, 0}};
-        const float *scales = job->scales ? job->scales + batch * s->scale_batch + start * s->scale_token : 0;
-        const Codes codes[2] = {
-            {(const int8_t *)parts[0].data, scales, parts[0].step, s->scale_token, s->latent},
-            {(const int8_t *)parts[1].data, scales + num_groups(s->latent), parts[1].step, s->scale_token, s->rotary}};
-        if (job->scales)
+        Codes codes[2];
+        if (job->scales) {
+            const float *scales = job->scales + batch * s->scale_batch + start * s->scale_token;
+            codes[0] = (Codes){(const int8_t *)parts[0].data, scales, latent_step, s->scale_token, s->latent};
+            scales += num_groups(s->latent);
+            codes[1] = (Codes){(const int8_t *)parts[1].data, scales, rotary_step, s->scale_token, s->rotary};
             code_dots(
-                job->coded + row_start * job->row_pad, num_rows, job->row_pad,
-                job->units + 2 * row_start, codes, num_tokens, scores[0], STEP);
-        else
-            dots(wide, job->queries + row_start * job->row_pad, num_rows, job->row_pad, parts, 2, num_tokens, scores[0], STEP);
+                job->coded + row_start * job->row_pad, num_rows, job->row_pad, job->units + 2 * row_start, codes,
+                num_tokens, scores[0], STEP);
+        } else {
+            dots(
+                wide, job->queries + row_start * job->row_pad, num_rows, job->row_pad, parts, 2, num_tokens, scores[0],
+                STEP);
+        }
         for (int64_t row = 0; row < num_rows; row++) {
             hide(job, batch, first + row, start, num_tokens, scores[row]);
             keep[row] = weigh(scores[row], num_tokens, largest + row, sums + row);
@@ -520,15 +260,15 @@ static void merge(const Job *job, int64_t batch, int64_t row) {
 static void finish(void *all, int64_t head) {
     const Job *job = all;
     const Sizes *s = &job->s;
-    int64_t step = s->latent * job->weight_item;
-    Source matrix = {job->kv_b + (head * (s->nope + s->value) + s->nope) * step, step, s->latent, 0, 0};
+    const int64_t step = s->latent * job->weight_item;
+    const char *matrix = job->kv_b + (head * (s->nope + s->value) + s->nope) * step;
     for (int64_t batch = 0; batch < s->batch; batch++)
         for (int64_t query = 0; query < s->queries; query += DOT_ROWS) {
             int64_t num_rows = least(s->queries - query, DOT_ROWS), row = head * s->queries + query;
             for (int64_t i = 0; i < num_rows; i++) merge(job, batch, row + i);
             const float *from = job->outputs + (batch * job->num_chunks * job->rows + row) * job->latent_pad;
             for (int64_t start = 0; start < s->value; start += BLOCK) {
-                Source part = {matrix.data + start * step, step, s->latent, AHEAD * step, 0};
+                Source part = {matrix + start * step, step, s->latent, AHEAD * step, 0};
                 int64_t count = least(s->value - start, BLOCK);
                 float values[DOT_ROWS][STEP];
                 dots((int)s->wide, from, num_rows, job->latent_pad, &part, 1, count, values[0], STEP);
@@ -574,7 +314,7 @@ static int64_t prepare(Job *job, float *scratch) {
         all * job->num_chunks, job->scales ? all * 2 : 0, job->scales ? all * job->row_pad / 2 : 0};
     float *parts[7];
     int64_t total = 0;
-    for (int i = 0; i < 7; total += padded(sizes[i++])) parts[i] = scratch + total;
+    for (int i = 0; i < 7; total += padded(sizes[i++])) parts[i] = scratch ? scratch + total : 0;
     job->queries = parts[0];
     job->outputs = parts[1];
     job->nopes = parts[2];
@@ -585,7 +325,7 @@ static int64_t prepare(Job *job, float *scratch) {
     return total;
 }
 
-/* Floats of `scratch` that a call needs; it is aligned to 64. */
+/* Floats of `scratch` that a call needs. */
 int64_t mla_scratch(const Sizes *sizes, const float *scales) {
     Job job = {.s = *sizes, .scales = scales};
     return prepare(&job, 0);
@@ -594,10 +334,11 @@ int64_t mla_scratch(const Sizes *sizes, const float *scales) {
 /* output[batch, query, head] = softmax(q_nope W_UK c + q_rot r) c W_UV over the tokens (c, r) that the mask shows. */
 void mla_decode(
     const void *q_nope, const void *q_rot, const void *latents, const void *rotary, const float *scales,
-    const void *kv_b, const void *mask, void *output, float *scratch, const Sizes *sizes, float scaling, int num_threads) {
+    const void *kv_b, const void *mask, void *output, float *scratch, const Sizes *sizes, float scaling,
+    int num_threads) {
     Job job = {
-        .s = *sizes, .q_nope = q_nope, .q_rot = q_rot, .latents = latents, .rotary = rotary, .scales = scales, .kv_b = kv_b, .mask = mask,
-        .output = output, .scaling = scaling};
+        .s = *sizes, .q_nope = q_nope, .q_rot = q_rot, .latents = latents, .rotary = rotary, .scales = scales,
+        .kv_b = kv_b, .mask = mask, .output = output, .scaling = scaling};
     prepare(&job, scratch);
     for (int stage = 0; stage < 3; stage++) atomic_init(&job.next[stage], 0);
     const int64_t products = sizes->batch * job.rows * (sizes->tokens * 2 + sizes->nope + sizes->value) * sizes->latent;

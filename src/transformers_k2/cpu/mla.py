@@ -1,15 +1,15 @@
 """MLA for few queries and a long cache, on the CPU: the latents stay compressed (see mla.c).
 
-The textbook's way expands every cached latent to the keys and values of all heads, at each step. Here W_UK goes into the
-queries and W_UV behind the sum, so that a step reads a token's 576 numbers once and does 2 * 1088 operations with them
-for each head. From four heads on the CPU's float32 arithmetic is what bounds it, below that memory. Latents in 8 bits
-are multiplied in integers, twice as fast.
+The textbook's way expands every cached latent to the keys and values of all heads, at each step. Here W_UK goes into
+the queries and W_UV behind the sum, so that a step reads a token's 576 numbers once and does 2 * 1088 operations with
+them for each head. From four heads on the CPU's float32 arithmetic is what bounds it, below that memory. Latents in 8
+bits are multiplied in integers: at about the same speed, from half as much memory.
 
 Results have the same bits for any number of threads and whatever else is in the batch. Sums are float32, of the inputs
 as they are: no intermediate result is rounded to bfloat16.
 
 What it gives up: gradients, dropout, the weights and their largest logit; a block of tokens that no query of a batch row
-sees is not looked at, NaN or not; with 8 bits, queries and weights count to 2^-15 of the largest in their group.
+sees is not looked at, NaN or not; with 8 bits, queries and weights are rounded to 2^-16 of the largest of their row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def takes(q_nope: Tensor, latents: Tensor, kv_b: Tensor) -> bool:
         dtype in _DTYPES
         and kv_b.dtype == dtype
         and (latents.dtype == dtype or latents.dtype == torch.int8)
-        and q_nope.device.type == latents.device.type == kv_b.device.type == "cpu"
+        and q_nope.is_cpu
+        and latents.is_cpu
+        and kv_b.is_cpu
         and q_nope.stride(-1) == latents.stride(-1) == 1
         and kv_b.is_contiguous()
         and not (
@@ -207,7 +209,7 @@ def _readable(
     """The mask as the kernel reads it, its kind there, and its steps along batch, heads and queries."""
     if mask is None:
         return None, 0, (0, 0, 0)
-    fits = mask.dim() == 4 and mask.shape[3] == full[3] and mask.device.type == "cpu"
+    fits = mask.dim() == 4 and mask.shape[3] == full[3] and mask.is_cpu
     if not fits or any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
         raise ValueError(
             f"mask is {list(mask.shape)} on {mask.device}: expected {list(full)}, of which the first three may be 1, on cpu."
@@ -227,7 +229,7 @@ def _readable(
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected {dtype} {list(shape)} on cpu."
         )
