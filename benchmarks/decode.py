@@ -328,11 +328,11 @@ def agent(num_turns: int, num_answer: int, num_reply: int) -> None:
         near = median(with_session[max(0, turn - 5) : turn + 4])
         table.add_row(str(turn), f"{seconds:.2f}", f"{near:.2f}", f"{seconds / near:.1f}")
     console.print(table)
-    slope, start, _ = fit(list(without), list(without.values()))
-    total = sum(slope * turn + start for turn in range(1, num_turns + 1))
+    turns = range(1, num_turns + 1)
+    total = float(np.interp(turns, list(without), list(without.values())).sum())
     console.print(
         f"{num_turns} turns, {ids.shape[1]:,} tokens at the end: {sum(with_session):.0f} s with the session, "
-        f"{total:.0f} s without by a line through the turns measured: {total / sum(with_session):.1f} times"
+        f"{total:.0f} s without, between the turns measured by straight lines: {total / sum(with_session):.1f} times"
     )
 
 

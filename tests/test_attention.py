@@ -269,3 +269,38 @@ def test_a_long_first_prompt_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     for cache in (None, DynamicCache()):
         torch.testing.assert_close(run(ours, rotary, hidden, cache, 0, None), expected, rtol=1e-4, atol=1e-5)
     assert calls == [700, 700]
+
+
+def test_no_mask_is_made_where_causality_says_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk behind others would have one of queries times keys. Padding, gradients and packed rows keep theirs."""
+    torch.manual_seed(4)
+    shape = {"vocab_size": 99, "num_hidden_layers": 2, "first_k_dense_replace": 2, "intermediate_size": 64}
+    model = KimiK2ForCausalLM(config(**shape)).eval()
+    masks: list[Any] = []
+    forward = KimiK2Attention.forward
+    monkeypatch.setattr(
+        KimiK2Attention,
+        "forward",
+        lambda s, *a, **k: (masks.append(k["attention_mask"]), forward(s, *a, **k))[1],
+    )
+    ids = torch.randint(3, 99, (2, 40))
+    padding = torch.ones(2, 40, dtype=torch.int64)
+    padding[0, :3] = 0
+
+    def last_mask(num_before: int, mask: Tensor | None, grad: bool = False, **options: Any) -> Tensor:
+        cache = DynamicCache()
+        with torch.set_grad_enabled(grad):
+            before = None if mask is None else mask[:, :num_before]
+            model(ids[:, :num_before], attention_mask=before, past_key_values=cache)
+            logits = model(ids[:, num_before:], attention_mask=mask, past_key_values=cache, **options).logits
+            whole = model(ids, attention_mask=mask, use_cache=False, **options).logits[:, num_before:]
+        torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-4)
+        return masks[-3]  # two layers, three forwards
+
+    assert last_mask(20, None).shape == attention.CAUSAL.shape
+    assert last_mask(20, torch.ones_like(padding)).shape == attention.CAUSAL.shape
+    assert last_mask(39, None) is None
+    assert last_mask(20, padding).shape[-2:] == (20, 40)
+    assert last_mask(20, None, grad=True).shape[-2:] == (20, 40)
+    model.set_attn_implementation("eager")
+    assert last_mask(20, None).shape[-2:] == (20, 40)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     apply_rotary_pos_emb,
@@ -24,6 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from . import few_tokens, mla, padded_sdpa
 from .cpu import mla as cpu_mla
+from .cpu import small
 from .latent_cache import Int8LatentLayer, adopt
 from .optim.observe import recording
 
@@ -39,6 +40,40 @@ _BLOCKWISE = ("sdpa", padded_sdpa.NAME)
 _FEW_SCORES = 1 << 22
 # What the CPU kernel takes at a time; for more, matrix products of torch are as good.
 _FEW_QUERIES = 16
+
+
+# In the place of a mask for SDPA: query i of q sees all but the last q - i - 1 tokens. transformers has None for that, but
+# only where nothing is cached, and makes a mask of queries times keys otherwise. Four dimensions pass it unchanged.
+CAUSAL = torch.empty(0, 0, 0, 0)
+
+
+def causal_or_given(
+    config: PreTrainedConfig, inputs: Tensor | None, mask: Any, cache: Cache | None, training: bool
+) -> Any:
+    """CAUSAL where it says all that the model's mask [b, T] says, else that mask.
+
+    Args:
+        inputs: ids [b, q] or embeddings [b, q, hidden].
+        cache: what the inputs follow.
+    """
+    if inputs is None or cache is None or cache.is_compileable or torch.compiler.is_compiling():
+        return mask
+    num_queries = inputs.shape[1]
+    if num_queries == 1 or config._attn_implementation not in _BLOCKWISE or not _is_ours(inputs.device.type):
+        return mask
+    num_keys = cache.get_seq_length() + num_queries
+    if num_keys == num_queries or (training and config.attention_dropout):
+        return mask
+    if mask is not None and (mask.shape != (inputs.shape[0], num_keys) or not mask.all()):
+        return mask
+    return CAUSAL
+
+
+def _is_ours(device: str) -> bool:
+    """Whether attention may read latents: no gradients, nobody who watches, no casts."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+        return False
+    return torch.compiler.is_compiling() or not recording()  # compiled modules cannot be watched
 
 
 class _Stored(NamedTuple):
@@ -70,7 +105,9 @@ class KimiK2Attention(DeepseekV3Attention):
         batch, num_queries, _ = hidden_states.shape
         q_nope, q_rot, c, k_rot = self._project(hidden_states, position_embeddings)
         stored = self._store(past_key_values, c, k_rot)
-        if attention_mask is None and 1 < num_queries < stored.num_keys:
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == CAUSAL.shape:
+            attention_mask = None  # it may be another tensor: layers on other devices get copies
+        elif attention_mask is None and 1 < num_queries < stored.num_keys:
             # Upstream's mask for the first tokens in a static cache: what is behind them is not seen.
             stored = stored._replace(num_keys=num_queries)
         output = self._attend(q_nope, q_rot, stored, attention_mask)
@@ -88,11 +125,7 @@ class KimiK2Attention(DeepseekV3Attention):
 
     def _reads_latents(self, hidden_states: Tensor, mask: Any, cache: Cache | None) -> bool:
         """Whether this forward is ours."""
-        if torch.is_grad_enabled() or (self.training and self.attention_dropout):
-            return False
-        if not torch.compiler.is_compiling() and recording():  # compiled modules cannot be watched
-            return False
-        if torch.is_autocast_enabled(hidden_states.device.type):
+        if not _is_ours(hidden_states.device.type) or (self.training and self.attention_dropout):
             return False
         num_queries = hidden_states.shape[1]
         implementation = self.config._attn_implementation
@@ -114,20 +147,25 @@ class KimiK2Attention(DeepseekV3Attention):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [b, q, heads, nope] and [b, q, heads, rotary], latents [b, q, rank], rotated keys [b, q, rotary]."""
         if self.q_proj is not None:
-            query = few_tokens.linear(self.q_proj, hidden_states)
+            query, is_ours = few_tokens.project(self.q_proj, hidden_states)
         else:
             assert self.q_a_proj is not None
             assert self.q_a_layernorm is not None
             assert self.q_b_proj is not None
             query = self.q_a_layernorm(few_tokens.linear(self.q_a_proj, hidden_states))
-            query = few_tokens.linear(self.q_b_proj, query)
+            query, is_ours = few_tokens.project(self.q_b_proj, query)
         query = query.view(*query.shape[:2], -1, self.qk_head_dim)
-        q_nope, q_rot = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
-        compressed = few_tokens.linear(self.kv_a_proj_with_mqa, hidden_states)
-        c, k_rot = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
-        rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
-        q_rot, k_rot = rotate(q_rot, k_rot[:, :, None], *position_embeddings, unsqueeze_dim=2)
-        return q_nope, q_rot, self.kv_a_layernorm(c), k_rot[:, :, 0]
+        q_nope, q_rot = query.split_with_sizes((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        compressed, is_ours_too = few_tokens.project(self.kv_a_proj_with_mqa, hidden_states)
+        c, k_rot = compressed.split_with_sizes((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        interleaved = bool(self.config.rope_interleave)
+        if is_ours and is_ours_too and small.takes_rotation(q_rot, k_rot, *position_embeddings):
+            small.rotate_(q_rot, k_rot, *position_embeddings, interleaved)
+        else:
+            rotate = apply_rotary_pos_emb_interleave if interleaved else apply_rotary_pos_emb
+            q_rot, k_rot = rotate(q_rot, k_rot[:, :, None], *position_embeddings, unsqueeze_dim=2)
+            k_rot = k_rot[:, :, 0]
+        return q_nope, q_rot, self.kv_a_layernorm(c), k_rot
 
     def _store(self, cache: Cache | None, c: Tensor, k_rot: Tensor) -> _Stored:
         if cache is not None:

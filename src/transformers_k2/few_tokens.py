@@ -1,4 +1,4 @@
-"""A decoder layer's other parts for inference on a CPU: upstream's modules, by the kernels of cpu/few_rows.py.
+"""A decoder layer's other parts for inference on a CPU: upstream's modules, by the kernels of cpu/few_rows.py and small.py.
 
 One token's step reads each active weight once, and the rest of its time goes to small operations: a norm is six of them,
 the choice of experts twenty. These classes take the place of upstream's in our model (same parameters, same names), and
@@ -23,7 +23,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 from transformers.utils.generic import maybe_autocast
 
-from .cpu import few_rows
+from .cpu import few_rows, small
 from .linear_cross_entropy import LanguageModelHead
 
 _MANY_TOKENS = 512  # from here on speed matters more than upstream's last bits
@@ -81,9 +81,10 @@ def plain_weight(module: nn.Module, like: Tensor) -> Tensor | None:
     """
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return None
-    weight = module.weight
+    parameters = module._parameters  # the module's own attributes take ten times as long
+    weight = parameters.get("weight")
     if (
-        module.bias is not None
+        parameters.get("bias", weight) is not None
         or type(weight) is not nn.Parameter
         or weight.dtype != like.dtype
         or weight.device != like.device
@@ -97,10 +98,16 @@ def plain_weight(module: nn.Module, like: Tensor) -> Tensor | None:
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), by the kernel for few rows if the module is plain."""
-    weight = plain_weight(module, x)
-    if weight is not None and _runs() and few_rows.takes(x, weight):
-        return few_rows.linear(x, weight)
-    return module(x)
+    return project(module, x)[0]
+
+
+def project(module: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """`linear`, and whether the kernel did it: then nobody else holds the result, which may be changed in place."""
+    if _runs():
+        weight = plain_weight(module, x)
+        if weight is not None and few_rows.takes(x, weight):
+            return few_rows.linear(x, weight), True
+    return module(x), False
 
 
 class KimiK2RMSNorm(DeepseekV3RMSNorm):
@@ -108,8 +115,10 @@ class KimiK2RMSNorm(DeepseekV3RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        if _runs() and few_rows.takes_norm(hidden_states, self.weight):
-            return few_rows.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        if _runs():
+            weight = self.weight
+            if small.takes_norm(hidden_states, weight):
+                return small.rms_norm(hidden_states, weight, self.variance_epsilon)
         return super().forward(hidden_states)
 
 
@@ -164,15 +173,17 @@ class KimiK2TopkRouter(DeepseekV3TopkRouter):
         with maybe_autocast(hidden_states.device.type, enabled=False):
             if self.num_group != 1:
                 return super().forward(hidden_states)
-            x = hidden_states.view(-1, self.hidden_dim).float()
-            if _state().on and few_rows.takes(x, self.weight):
-                logits = few_rows.linear(x, self.weight)
+            x, weight, top_k = hidden_states.view(-1, self.hidden_dim), self.weight, cast(int, self.top_k)
+            if _state().on and few_rows.takes(x, weight):
+                logits = few_rows.linear(x, weight, torch.float32)
+                bias = self.e_score_correction_bias.float()
+                if small.takes_routing(logits, bias):
+                    normalise, factor = bool(self.norm_topk_prob), float(self.routed_scaling_factor)
+                    return logits, *small.route(logits, bias, top_k, normalise, factor)
             else:
-                logits = F.linear(x, self.weight.float())
+                logits = F.linear(x.float(), weight.float())
             scores = logits.sigmoid()
-            index = torch.topk(
-                scores + self.e_score_correction_bias, k=cast(int, self.top_k), dim=-1, sorted=False
-            )[1]
+            index = torch.topk(scores + self.e_score_correction_bias, k=top_k, dim=-1, sorted=False)[1]
             weights = scores.gather(1, index)
             if self.norm_topk_prob:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)

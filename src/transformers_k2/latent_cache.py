@@ -239,7 +239,7 @@ class LatentLayer(DynamicLayer):
         return (torch.cat((keys, values), dim=-1),)
 
     def _decode(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        keys, values = parts[0].split(self._widths, dim=-1)
+        keys, values = parts[0].split_with_sizes(self._widths, dim=-1)
         return keys, values
 
 

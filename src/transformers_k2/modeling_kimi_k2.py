@@ -25,7 +25,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.utils.generic import can_return_tuple
 
 from . import few_tokens, loading, saving
-from .attention import KimiK2Attention
+from .attention import KimiK2Attention, causal_or_given
 from .configuration_kimi_k2 import KimiK2Config
 from .few_tokens import KimiK2TopkRouter
 from .generation import LatentGeneration
@@ -125,6 +125,7 @@ class KimiK2Model(KimiK2PreTrainedModel, DeepseekV3Model):
     ) -> Any:
         """As upstream's."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        attention_mask = causal_or_given(self.config, inputs, attention_mask, past_key_values, self.training)
         with few_tokens.kernels(inputs, past_key_values):
             return super().forward(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs

@@ -1,4 +1,4 @@
-"""The CPU kernel against the textbook: keys and values expanded for every token, in float64, and upstream's own module."""
+"""The CPU kernel against the textbook, with expanded keys and values in float64, and against upstream's own module."""
 
 from __future__ import annotations
 

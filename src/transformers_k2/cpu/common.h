@@ -26,6 +26,18 @@ static inline uint16_t to_bfloat16(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* ties to even */
 }
 
+/* Tensors of either dtype: `wide` is float32. */
+static inline int64_t size_of(int wide) { return wide ? 4 : 2; }
+
+static inline float read_one(const void *data, int64_t i, int wide) {
+    return wide ? ((const float *)data)[i] : from_bfloat16(((const uint16_t *)data)[i]);
+}
+
+static inline void write_one(void *data, int64_t i, int wide, float value) {
+    if (wide) ((float *)data)[i] = value;
+    else ((uint16_t *)data)[i] = to_bfloat16(value);
+}
+
 typedef void Work(void *job, int64_t task);
 
 /* A thread takes tasks in a row, which read memory in a row: ever fewer, so that all end at about the same time. */

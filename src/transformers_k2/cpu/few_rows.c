@@ -1,5 +1,5 @@
-/* Products of a few rows with float32 or bfloat16 matrices, gated layers and norms; few_rows.py compiles this file and
-   says what it is for.
+/* Products of a few rows with float32 or bfloat16 matrices, and gated layers; few_rows.py compiles this file and says
+   what it is for.
 
    A sum of products is eight partial sums in float32: inputs i, i + 16, ... for one order of the inputs within sixteen.
    It depends on nothing but the number of inputs: the same bits for any number of threads, and whatever other rows are in
@@ -19,11 +19,9 @@
 #define CACHED (1 << 14)   /* prepared inputs, of all rows of a group, that stay in the second-level cache */
 #define SHORT (1 << 11)    /* bytes of an output */
 #define ALONE (1 << 16)    /* products: for fewer, waking threads takes longer */
-#define NORM_ROWS 16       /* of a task */
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 typedef struct {
     const char *data; /* [out, in] */
@@ -31,18 +29,7 @@ typedef struct {
     int wide;         /* float32 rather than bfloat16 */
 } Matrix;
 
-static inline int64_t size_of(int wide) { return wide ? 4 : 2; }
-
 static inline int64_t padded(int64_t num) { return (num + CHUNK - 1) / CHUNK * CHUNK; }
-
-static inline float read_one(const void *data, int64_t i, int wide) {
-    return wide ? ((const float *)data)[i] : from_bfloat16(((const uint16_t *)data)[i]);
-}
-
-static inline void write_one(void *data, int64_t i, int wide, float value) {
-    if (wide) ((float *)data)[i] = value;
-    else ((uint16_t *)data)[i] = to_bfloat16(value);
-}
 
 /* Where input i goes among prepared ones. Two bfloat16 are one 32-bit word: a shift has one of them, a mask the other. */
 static inline int64_t place(int64_t i, int wide) {
@@ -193,7 +180,7 @@ typedef struct {
     const float *x; /* prepared */
     void *output;
     int64_t num_rows, num_in, num_out;
-    int wide;
+    int out_wide;
 } Linear;
 
 static void linear_tile(void *of, int64_t task) {
@@ -210,14 +197,14 @@ static void linear_tile(void *of, int64_t task) {
             job->weight.data + (first + TILE) * job->weight.stride, results);
         for (int r = 0; r < num_rows; r++)
             for (int o = 0; o < num_outputs; o++)
-                write_one(job->output, (row + r) * job->num_out + first + o, job->wide, results[o][r]);
+                write_one(job->output, (row + r) * job->num_out + first + o, job->out_wide, results[o][r]);
     }
 }
 
 /* output [rows, out] = x [rows, in] times the matrix; strides count elements. Returns -1 if there is no memory. */
 int few_rows_linear(
     const void *x, const void *weight, void *output, int64_t num_rows, int64_t num_in, int64_t num_out,
-    int64_t x_stride, int64_t weight_stride, int wide, int weight_wide, int num_threads) {
+    int64_t x_stride, int64_t weight_stride, int wide, int weight_wide, int out_wide, int num_threads) {
     float *scratch = aligned_alloc(64, (size_t)(num_rows * padded(num_in) * (int64_t)sizeof(float) + 64) / 64 * 64);
     if (!scratch) return -1;
     for (int64_t r = 0; r < num_rows; r++)
@@ -225,7 +212,8 @@ int few_rows_linear(
             (const char *)x + r * x_stride * size_of(wide), num_in, wide, weight_wide,
             scratch + r * padded(num_in));
     Linear job = {
-        {weight, weight_stride * size_of(weight_wide), weight_wide}, scratch, output, num_rows, num_in, num_out, wide};
+        {weight, weight_stride * size_of(weight_wide), weight_wide}, scratch, output, num_rows, num_in, num_out,
+        out_wide};
     run(linear_tile, &job, (num_out + TILE - 1) / TILE, num_rows * num_in * num_out < ALONE ? 1 : num_threads);
     free(scratch);
     return 0;
@@ -370,82 +358,4 @@ int few_rows_gated(
     run(down_tile, &job, (num_in + TILE - 1) / TILE, num_threads);
     free(scratch);
     return 0;
-}
-
-/* Norms. */
-
-typedef struct {
-    const void *x, *weight;
-    void *output;
-    int64_t num_rows, size, stride;
-    float eps;
-    int wide, weight_wide;
-} Norm;
-
-static inline __attribute__((always_inline)) Floats read_eight(const void *data, int64_t i, int wide) {
-    Floats values;
-    Halves halves;
-    if (wide) {
-        memcpy(&values, (const float *)data + i, sizeof values);
-        return values;
-    }
-    memcpy(&halves, (const uint16_t *)data + i, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Words) << 16);
-}
-
-/* To bfloat16 and back. */
-static inline __attribute__((always_inline)) Floats rounded(Floats values) {
-    Words bits = (Words)values, is_nan = (Words)(values != values);
-    Words even = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-    return (Floats)((even & ~is_nan) | (is_nan & 0x7fc00000));
-}
-
-static inline __attribute__((always_inline)) void norm_row(const Norm *job, int64_t row, int wide, int weight_wide) {
-    const char *x = (const char *)job->x + row * job->stride * size_of(wide);
-    int out_wide = wide || weight_wide;
-    char *output = (char *)job->output + row * job->size * size_of(out_wide);
-    int64_t whole = job->size / (4 * LANES) * (4 * LANES), i;
-    Floats sums[4] = {{0}};
-    for (i = 0; i < whole; i += 4 * LANES)
-        for (int part = 0; part < 4; part++) {
-            Floats values = read_eight(x, i + part * LANES, wide);
-            sums[part] += values * values;
-        }
-    float squares = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < job->size; i++) squares += read_one(x, i, wide) * read_one(x, i, wide);
-    float scale = 1.0f / sqrtf(squares / (float)job->size + job->eps);
-    for (i = 0; i + LANES <= job->size; i += LANES) {
-        Floats values = read_eight(x, i, wide) * scale;
-        values = (wide ? values : rounded(values)) * read_eight(job->weight, i, weight_wide);
-        if (out_wide) {
-            memcpy((float *)output + i, &values, sizeof values);
-        } else {
-            Halves halves = __builtin_convertvector((Words)rounded(values) >> 16, Halves);
-            memcpy((uint16_t *)output + i, &halves, sizeof halves);
-        }
-    }
-    for (; i < job->size; i++) {
-        float value = read_one(x, i, wide) * scale;
-        value = (wide ? value : from_bfloat16(to_bfloat16(value))) * read_one(job->weight, i, weight_wide);
-        write_one(output, i, out_wide, value);
-    }
-}
-
-static void norm_rows(void *of, int64_t task) {
-    const Norm *job = of;
-    for (int64_t row = task * NORM_ROWS; row < job->num_rows && row < (task + 1) * NORM_ROWS; row++)
-        switch (job->wide * 2 + job->weight_wide) {
-            case 0: norm_row(job, row, 0, 0); break;
-            case 1: norm_row(job, row, 0, 1); break;
-            case 2: norm_row(job, row, 1, 0); break;
-            default: norm_row(job, row, 1, 1);
-        }
-}
-
-/* output [rows, size] = x / sqrt(mean of squares + eps), in the dtype of x, times the weight; bfloat16 if both are. */
-void few_rows_rms_norm(
-    const void *x, const void *weight, void *output, int64_t num_rows, int64_t size, int64_t stride, float eps,
-    int wide, int weight_wide, int num_threads) {
-    Norm job = {x, weight, output, num_rows, size, stride, eps, wide, weight_wide};
-    run(norm_rows, &job, (num_rows + NORM_ROWS - 1) / NORM_ROWS, num_rows * size < ALONE ? 1 : num_threads);
 }

@@ -1,10 +1,10 @@
-"""What a decoder layer multiplies for a few tokens, by C of our own: linear layers, gated layers, experts, norms.
+"""What a decoder layer multiplies for a few tokens, by C of our own: linear layers, gated layers, experts.
 
 A token's time goes by memory: every weight that it uses is read once. torch's products of one bfloat16 row reach two
 thirds of the memory's speed, those of two rows take twice as long, and of many rows, on a CPU without bfloat16
 instructions, a seventh of float32's speed. Here (few_rows.c) a few rows take about as long as one, each expert's matrices
-are read once for all tokens that chose it, and more rows are multiplied in float32 by bands of the weight. Small
-operations count too: a layer has dozens, each of some microseconds; a norm, a gated layer and all experts are a call each.
+are read once for all tokens that chose it, and more rows are multiplied in float32 by bands of the weight. A gated
+layer and all experts are a call each; the small operations between them are those of small.py.
 
 Sums are float32 and rounded once. For few rows a result's bits depend neither on the other rows nor on the number of
 threads. Under torch.compile the functions are custom operations, which fullgraph=True takes.
@@ -25,19 +25,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import library
-from .library import FLOAT, NUMBER, POINTER, SIZE, has_bfloat16_instructions
+from .library import NUMBER, POINTER, SIZE, has_bfloat16_instructions
 
 SOURCE = Path(__file__).with_suffix(".c")
 
 _BAND = 1 << 20  # weights cast to float32 at a time
 _ROWS_BAND = 1 << 22  # inputs cast to float32 at a time
 _TOKENS_BAND = 1 << 12  # tokens that an expert multiplies at a time
-_WIDE = {torch.float32: 1, torch.bfloat16: 0}
+WIDE = {torch.float32: 1, torch.bfloat16: 0}  # what the kernels read, and what they call it
 _TENSORS = (Tensor, Parameter)  # neither distributed nor fake ones, which have no data here
 _SIGNATURES = {
-    "few_rows_linear": ([POINTER] * 3 + [SIZE] * 5 + [NUMBER] * 3, NUMBER),
+    "few_rows_linear": ([POINTER] * 3 + [SIZE] * 5 + [NUMBER] * 4, NUMBER),
     "few_rows_gated": ([POINTER] * 7 + [SIZE] * 8 + [NUMBER] * 4, NUMBER),
-    "few_rows_rms_norm": ([POINTER] * 3 + [SIZE] * 3 + [FLOAT] + [NUMBER] * 3, None),
 }
 
 
@@ -48,12 +47,12 @@ def available() -> bool:
 
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
-    """Whether `linear`, `gated_mlp` or `rms_norm` multiplies these here, whatever the number of rows.
+    """Whether `linear` or `gated_mlp` multiplies these here, whatever the number of rows.
 
     On the CPU, bfloat16 or float32, without gradients, inputs of a weight next to each other. It does not look at
     autocast, which casts what linear layers multiply: callers do.
     """
-    if type(x) not in _TENSORS or not x.is_cpu or x.dtype not in _WIDE:
+    if type(x) not in _TENSORS or not x.is_cpu or x.dtype not in WIDE:
         return False
     has_gradients = torch.is_grad_enabled()
     if has_gradients and x.requires_grad:
@@ -61,16 +60,13 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
     for weight in weights:
         if (
             type(weight) not in _TENSORS
-            or weight.dtype not in _WIDE
+            or weight.dtype not in WIDE
             or not weight.is_cpu
             or weight.stride()[-1] != 1
             or (has_gradients and weight.requires_grad)
         ):
             return False
     return available()
-
-
-takes_norm = takes  # a norm's weight has to be what a linear layer's is
 
 
 def takes_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, *weights: Tensor) -> bool:
@@ -94,23 +90,24 @@ def threshold(dtype: torch.dtype) -> int:
     return 16 if has_bfloat16_instructions() else 48
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """x @ weight.T.
 
     Args:
         x: [..., in], bfloat16 or float32.
         weight: [out, in], bfloat16 or float32, whatever `x` is; a row's weights are next to each other.
+        out_dtype: bfloat16 or float32; that of `x` unless given.
 
     Returns:
-        [..., out] in the dtype of `x`, rounded once, from sums in float32.
+        [..., out], rounded once, from sums in float32.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices do not fit.
         RuntimeError: the kernel is not `available`.
     """
     if torch.compiler.is_compiling():
-        return _linear_op(x, weight)
-    return _linear(x, weight)
+        return _linear_op(x, weight, out_dtype)
+    return _linear(x, weight, out_dtype)
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -158,29 +155,12 @@ def experts(hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, dow
     return _experts(hidden, index, weights, gate_up, down)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """transformers' DeepseekV3RMSNorm, with its roundings: normalised in float32, cast to the dtype of `x`, times weight.
-
-    Args:
-        x: [..., size], bfloat16 or float32; rows may be parts of longer ones.
-        weight: [size], bfloat16 or float32.
-        eps: added to the mean of squares.
-
-    Returns:
-        [..., size], bfloat16 if both are.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-        RuntimeError: the kernel is not `available`.
-    """
-    if torch.compiler.is_compiling():
-        return _rms_norm_op(x, weight, eps)
-    return _rms_norm(x, weight, eps)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    wide, weight_wide = _WIDE.get(x.dtype), _WIDE.get(weight.dtype)
+def _linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    out_dtype = out_dtype or x.dtype
+    wide, weight_wide, out_wide = WIDE.get(x.dtype), WIDE.get(weight.dtype), WIDE.get(out_dtype)
     shape, weight_shape = x.shape, weight.shape
+    if out_wide is None and wide is not None:
+        raise ValueError(f"out_dtype is {out_dtype}: expected torch.bfloat16 or torch.float32.")
     if (
         wide is None
         or weight_wide is None
@@ -189,30 +169,30 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
         or not x.is_cpu
         or not weight.is_cpu
     ):
-        raise _unfit("bfloat16 or float32 [..., in] and [out, in] on cpu", x=x, weight=weight)
+        raise unfit("bfloat16 or float32 [..., in] and [out, in] on cpu", x=x, weight=weight)
     num_out, num_in = weight_shape
-    x, num_rows, x_stride = _rows(x, num_in)
+    x, num_rows, x_stride = as_rows(x, num_in)
     if num_rows > threshold(weight.dtype):
-        return _many_rows(x.view(num_rows, num_in), weight).view(*shape[:-1], num_out)
+        return _many_rows(x.view(num_rows, num_in), weight, out_dtype).view(*shape[:-1], num_out)
     stride = weight.stride()
     if stride[1] != 1:
         raise ValueError(f"weight has strides {list(stride)}: expected a row's weights next to each other.")
-    out = torch.empty((*shape[:-1], num_out), dtype=x.dtype)
+    out = torch.empty((*shape[:-1], num_out), dtype=out_dtype)
     status = _kernel().few_rows_linear(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, num_in, num_out,
-        x_stride, stride[0], wide, weight_wide, torch.get_num_threads(),
+        x_stride, stride[0], wide, weight_wide, out_wide, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         raise _failed(status)
     return out
 
 
-def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
+def _many_rows(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     """[rows, in] -> [rows, out]: in float32 where bfloat16 is slow, and for operands of two dtypes."""
-    if x.dtype == weight.dtype and (x.dtype == torch.float32 or has_bfloat16_instructions()):
+    if x.dtype == weight.dtype == out_dtype and (x.dtype == torch.float32 or has_bfloat16_instructions()):
         return F.linear(x, weight)
     num_out, num_in = weight.shape
-    out = x.new_empty(len(x), num_out)
+    out = x.new_empty(len(x), num_out, dtype=out_dtype)
     num_rows = min(len(x), max(1, _ROWS_BAND // max(1, num_in)))
     band = min(num_out, max(1, _BAND // max(1, num_in)))
     buffer = weight.new_empty(band, num_in, dtype=torch.float32)
@@ -227,7 +207,7 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    wide, weight_wide = _WIDE.get(x.dtype), _WIDE.get(gate.dtype)
+    wide, weight_wide = WIDE.get(x.dtype), WIDE.get(gate.dtype)
     shape, gate_shape = x.shape, gate.shape
     if (
         wide is None
@@ -242,9 +222,9 @@ def _gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         expected = (
             "bfloat16 or float32 [..., in], and [middle, in] twice and [in, middle] in one dtype, on cpu"
         )
-        raise _unfit(expected, x=x, gate=gate, up=up, down=down)
+        raise unfit(expected, x=x, gate=gate, up=up, down=down)
     num_middle, num_in = gate_shape
-    x, num_rows, x_stride = _rows(x, num_in)
+    x, num_rows, x_stride = as_rows(x, num_in)
     if num_rows > threshold(gate.dtype):
         return _linear(F.silu(_linear(x, gate)).mul_(_linear(x, up)), down).view(shape)
     gate, up, down = gate.contiguous(), up.contiguous(), down.contiguous()
@@ -259,7 +239,7 @@ def _gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _experts(hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    wide, weights_wide, weight_wide = (_WIDE.get(tensor.dtype) for tensor in (hidden, weights, gate_up))
+    wide, weights_wide, weight_wide = (WIDE.get(tensor.dtype) for tensor in (hidden, weights, gate_up))
     num_tokens, num_in = hidden.shape
     num_experts, _, num_middle = down.shape
     num_choices = index.shape[-1]
@@ -280,13 +260,13 @@ def _experts(hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, do
             "bfloat16 or float32 on cpu: [tokens, H], int64 [tokens, k], [tokens, k], and, contiguous and in one dtype, "
             "[experts, 2 * middle, H] and [experts, H, middle]"
         )
-        raise _unfit(expected, hidden=hidden, index=index, weights=weights, gate_up=gate_up, down=down)
-    hidden, _, stride = _rows(hidden, num_in)
+        raise unfit(expected, hidden=hidden, index=index, weights=weights, gate_up=gate_up, down=down)
+    hidden, _, stride = as_rows(hidden, num_in)
     index, weights = index.contiguous(), weights.contiguous()
     few = threshold(gate_up.dtype)
     if num_tokens > few and num_tokens * num_choices > num_experts * few:
         return _many_tokens(hidden, index, weights, gate_up, down)
-    out = torch.empty((num_tokens, num_in), dtype=hidden.dtype)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     gate = gate_up.data_ptr()
     status = _kernel().few_rows_gated(
         hidden.data_ptr(), index.data_ptr(), weights.data_ptr(), gate, gate + num_middle * num_in * gate_up.itemsize,
@@ -319,24 +299,7 @@ def _many_tokens(hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor
     return total.to(hidden.dtype)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide, weight_wide = _WIDE.get(x.dtype), _WIDE.get(weight.dtype)
-    shape = x.shape
-    if wide is None or weight_wide is None or weight.shape != shape[-1:] or not x.is_cpu or not weight.is_cpu:
-        raise _unfit("bfloat16 or float32 [..., size] and [size] on cpu", x=x, weight=weight)
-    size = shape[-1]
-    x, num_rows, stride = _rows(x, size)
-    if not weight.is_contiguous():
-        weight = weight.contiguous()
-    out = torch.empty(shape, dtype=x.dtype if wide else weight.dtype)
-    _kernel().few_rows_rms_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, size, stride, eps,
-        wide, weight_wide, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def _rows(x: Tensor, size: int) -> tuple[Tensor, int, int]:
+def as_rows(x: Tensor, size: int) -> tuple[Tensor, int, int]:
     """`x`, or the same as [rows, size], with inputs of a row next to each other; how many rows; from one to the next."""
     if x.is_contiguous():
         return x, x.numel() // size if size else x.shape[:-1].numel(), size
@@ -346,7 +309,7 @@ def _rows(x: Tensor, size: int) -> tuple[Tensor, int, int]:
     return x, x.shape[0], x.stride(0)
 
 
-def _unfit(expected: str, **tensors: Tensor) -> ValueError:
+def unfit(expected: str, **tensors: Tensor) -> ValueError:
     given = ", ".join(f"{name} {x.dtype} {list(x.shape)} on {x.device}" for name, x in tensors.items())
     return ValueError(f"{given}: expected {expected}.")
 
@@ -372,12 +335,11 @@ def _library() -> ctypes.CDLL | None:
 _linear_op = torch.library.custom_op("transformers_k2::few_rows_linear", _linear, mutates_args=())
 _gated_mlp_op = torch.library.custom_op("transformers_k2::few_rows_gated_mlp", _gated_mlp, mutates_args=())
 _experts_op = torch.library.custom_op("transformers_k2::few_rows_experts", _experts, mutates_args=())
-_rms_norm_op = torch.library.custom_op("transformers_k2::few_rows_rms_norm", _rms_norm, mutates_args=())
 
 
 @_linear_op.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
 
 
 @_gated_mlp_op.register_fake
@@ -388,8 +350,3 @@ def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 @_experts_op.register_fake
 def _(hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape)
-
-
-@_rms_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))

@@ -8,8 +8,8 @@ bits are multiplied in integers: at about the same speed, from half as much memo
 Results have the same bits for any number of threads and whatever else is in the batch. Sums are float32, of the inputs
 as they are: no intermediate result is rounded to bfloat16.
 
-What it gives up: gradients, dropout, the weights and their largest logit; a block of tokens that no query of a batch row
-sees is not looked at, NaN or not; with 8 bits, queries and weights are rounded to 2^-16 of the largest of their row.
+What it gives up: gradients, dropout, the weights and their largest logit; a block of tokens that no query of a batch
+row sees is not looked at, NaN or not; with 8 bits, queries and weights are rounded to 2^-16 of the largest of their row.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _readable(
     fits = mask.dim() == 4 and mask.shape[3] == full[3] and mask.is_cpu
     if not fits or any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
         raise ValueError(
-            f"mask is {list(mask.shape)} on {mask.device}: expected {list(full)}, of which the first three may be 1, on cpu."
+            f"mask is {list(mask.shape)} on {mask.device}: expected {list(full)} on cpu (the first three may be 1)."
         )
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():

@@ -1,7 +1,7 @@
 /* The products of mla.c in float32, and what goes with them: vectors, conversion from bfloat16, exponentials.
 
-   bfloat16 numbers become float32 in registers, 16 at a time: those at even places, then those at odd ones. Rows in
-   float32 are kept in that order ("paired"), which costs nothing since only products of two such rows are ever taken. */
+   bfloat16 numbers become float32 in registers, 16 at a time: those at even places, then those at odd ones. Rows of
+   float32 are kept in that order ("paired"), which costs nothing: only products of two such rows are ever taken. */
 
 #pragma once
 

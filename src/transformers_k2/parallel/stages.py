@@ -36,6 +36,7 @@ from transformers.generation import StoppingCriteriaList
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .. import few_tokens
 from ..configuration_kimi_k2 import KimiK2Config
 from ..lazy_tensors import DTYPES
 from ..loading import _resolve_config
@@ -249,7 +250,8 @@ class KimiK2StageForCausalLM(KimiK2ForCausalLM):
             leaving[1].wait()
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if stage.is_last:
-            logits = self.lm_head(torch.cat(states, dim=1)[:, kept])
+            with few_tokens.kernels(given, past_key_values):
+                logits = self.lm_head(torch.cat(states, dim=1)[:, kept])
         else:
             num_kept = torch.empty(1, length, 0, device=self.device)[:, kept].shape[1]
             logits = torch.empty(rows, num_kept, self.vocab_size, dtype=self.dtype, device=self.device)
