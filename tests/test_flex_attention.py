@@ -15,7 +15,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_k2 import KimiK2ForCausalLM, attention
+from transformers_k2 import KimiK2ForCausalLM, flex_attention
 from transformers_k2.optim.observe import LogitObserver
 
 HEADS = 4
@@ -153,10 +153,10 @@ def test_evaluation_is_not_recorded(model: Any) -> None:
 
 
 def test_flex_attention_is_ours_and_stays_so() -> None:
-    attention.register()
-    attention.register()
-    assert AttentionInterface()["flex_attention"] is attention.observed_flex_attention
-    assert ALL_ATTENTION_FUNCTIONS["flex_attention"] is attention.observed_flex_attention
+    flex_attention.register()
+    flex_attention.register()
+    assert AttentionInterface()["flex_attention"] is flex_attention.observed_flex_attention
+    assert ALL_ATTENTION_FUNCTIONS["flex_attention"] is flex_attention.observed_flex_attention
 
 
 @pytest.mark.parametrize("form", ["block mask", "dense", "no mask"])
@@ -177,11 +177,11 @@ def test_flex_attention_records(form: str, with_lse: bool, monkeypatch: pytest.M
     def upstream(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         return query.transpose(1, 2), logits.logsumexp(-1).float() if with_lse else None
 
-    monkeypatch.setattr(attention, "flex_attention_forward", upstream)
+    monkeypatch.setattr(flex_attention, "flex_attention_forward", upstream)
 
     class Module(torch.nn.Module):
         def forward(self, **more: Any) -> Any:
-            return attention.observed_flex_attention(self, q, k, v, mask, 0.4, **more)
+            return flex_attention.observed_flex_attention(self, q, k, v, mask, 0.4, **more)
 
     module, observer = Module(), LogitObserver(-1e9)
     module(softcap=30.0)
