@@ -336,9 +336,14 @@ def test_adopt(tiny_config: Callable[..., KimiK2Config]) -> None:
     lazy.update(*states(1), layer_idx=1)
     assert [type(layer) for layer in lazy.layers] == [LatentLayer] * 2
     used = DynamicCache()
-    used.update(*states(2), layer_idx=0)
+    first, second = states(2), states(3)
+    used.update(*first, layer_idx=0)
     adopt(used)
-    assert type(used.layers[0]) is DynamicLayer
+    assert type(used.layers[0]) is LatentLayer
+    with torch.no_grad():
+        together = used.update(*second, layer_idx=0)
+    for got, parts in zip(together, zip(first, second, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(parts, dim=-2))
     static = StaticCache(config=config, max_cache_len=8)
     adopt(static)
     assert {type(layer) for layer in static.layers} == {StaticLayer}

@@ -327,7 +327,7 @@ LAYERS: dict[str, type[LatentLayer]] = {"auto": LatentLayer, "int8": Int8LatentL
 
 
 def adopt(cache: Cache) -> None:
-    """Give a dynamic cache, in place, layers that do not copy it at every step; those that hold tokens stay.
+    """Give a dynamic cache, in place, layers that do not copy it at every step; they take over what it holds.
 
     Cheap enough for every forward: the first layer tells whether there is something to do. Layers of other classes are left
     as they are, other caches too, and every cache in compiled code, where both kinds of layer do the same.
@@ -336,12 +336,18 @@ def adopt(cache: Cache) -> None:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = LatentLayer
-    if cache.layers and _is_empty_dynamic(cache.layers[0]):
-        cache.layers[:] = [LatentLayer() if _is_empty_dynamic(layer) else layer for layer in cache.layers]
+    if cache.layers and type(cache.layers[0]) is DynamicLayer:
+        cache.layers[:] = [_adopted(layer) for layer in cache.layers]
 
 
-def _is_empty_dynamic(layer: Any) -> bool:
-    return type(layer) is DynamicLayer and not layer.is_initialized
+def _adopted(layer: Any) -> Any:
+    if type(layer) is not DynamicLayer:
+        return layer
+    adopted = LatentLayer()
+    if layer.is_initialized:
+        adopted.keys, adopted.values = layer.keys, layer.values
+        adopted.dtype, adopted.device, adopted.is_initialized = layer.dtype, layer.device, True
+    return adopted
 
 
 def quantize(*parts: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,8 +185,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if wide is None or weight_wide is None or weight.shape != shape[-1:] or not x.is_cpu or not weight.is_cpu:
         raise unfit("bfloat16 or float32 [..., size] and [size] on cpu", x=x, weight=weight)
     size, dtype = shape[-1], x.dtype if wide else weight.dtype
-    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     x, num_rows, stride = as_rows(x, size)
+    out = torch.empty(shape, dtype=dtype)
     if not weight.is_contiguous():
         weight = weight.contiguous()
     _kernel().small_rms_norm(
