@@ -1,7 +1,8 @@
 """Decoding over long contexts, a long prefill and an agent's turns: transformers' DeepSeek-V3 against ours, same weights.
 
 A model of K2's shape (head sizes 128 + 64 and 128, latents of 512 + 64, 8 of 32 experts and a shared one) with 250 M
-random parameters in bfloat16. Four parts, each chosen with --parts:
+random parameters in bfloat16. `--shape k2` is two layers of K2's own sizes with 12 experts: 1.4 B parameters, 64 heads.
+Four parts, each chosen with --parts:
 
 decode   `generate` continues a cache of so many random latents. Stock and ours alternate; medians of the rounds. The floor
          is the time to read once what a token needs (chosen experts, everything else but the embedding, the latents) at
@@ -18,6 +19,7 @@ What it gives up: latents are random, and no token depends on them being sensibl
 memory to arithmetic. Twenty minutes on two cores, most of them stock's.
 
     python benchmarks/decode.py [--parts decode prefill agent caches] [--rounds 3] [--plot decode.png]
+    python benchmarks/decode.py --parts decode --shape k2 --contexts 1 1024 4096
 """
 
 from __future__ import annotations
@@ -42,19 +44,23 @@ from transformers import DeepseekV3ForCausalLM, DynamicCache
 from transformers_k2 import GenerationSession, KimiK2Config, KimiK2ForCausalLM, LatentCache
 
 CONTEXTS = (1, 1024, 4096, 16384, 32768, 131072)
-SHAPE: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 512,
     "num_hidden_layers": 4, "num_attention_heads": 8, "n_routed_experts": 32, "num_experts_per_tok": 8,
     "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 768, "kv_lora_rank": 512,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_group": 1, "topk_group": 1,
-    "max_position_embeddings": 262144, "eos_token_id": None, "pad_token_id": 0,
+    "max_position_embeddings": 262144, "rope_theta": 50000.0, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
+K2 = SMALL | {
+    "hidden_size": 7168, "moe_intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 64,
+    "n_routed_experts": 12, "first_k_dense_replace": 0, "q_lora_rank": 1536, "vocab_size": 4096,
+}  # fmt: skip
+SHAPES = {"small": SMALL, "k2": K2}
 console = Console(width=150, highlight=False)
 
 
-def build(kind: type, **changes: Any) -> Any:
+def build(kind: type, shape: dict[str, Any]) -> Any:
     """A model with the same weights for either class."""
-    shape = SHAPE | changes
     config = KimiK2Config(**shape, num_key_value_heads=shape["num_attention_heads"], dtype="bfloat16")
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -140,10 +146,9 @@ def active_bytes(model: Any) -> int:
     return total
 
 
-def decode(contexts: list[int], rounds: int, plot: Path, num_heads: int) -> None:
-    models = {"stock": build(DeepseekV3ForCausalLM, num_attention_heads=num_heads)}
-    models["ours"] = build(KimiK2ForCausalLM, num_attention_heads=num_heads)
-    num_layers = SHAPE["num_hidden_layers"]
+def decode(contexts: list[int], rounds: int, plot: Path, shape: dict[str, Any]) -> None:
+    models = {"stock": build(DeepseekV3ForCausalLM, shape), "ours": build(KimiK2ForCausalLM, shape)}
+    num_layers, num_heads = shape["num_hidden_layers"], shape["num_attention_heads"]
     weights = active_bytes(models["ours"])
     reads, operations = [], arithmetic()
     console.print(
@@ -252,10 +257,10 @@ def draw(
     console.print(f"plot: {path}")
 
 
-def caches(contexts: list[int]) -> None:
+def caches(contexts: list[int], shape: dict[str, Any]) -> None:
     """Ours alone: what a token takes from each cache."""
-    model = build(KimiK2ForCausalLM)
-    num_layers = SHAPE["num_hidden_layers"]
+    model = build(KimiK2ForCausalLM, shape)
+    num_layers = shape["num_hidden_layers"]
     table = Table(title="ms per token of generate, ours, by cache")
     for column in ("context", "dynamic", "int8", "bytes of int8 / dynamic"):
         table.add_column(column, justify="right")
@@ -294,12 +299,9 @@ def prefill(num_tokens: int, rounds: int) -> None:
 
 
 def one_prefill(name: str, num_tokens: int) -> None:
-    model = build(
-        DeepseekV3ForCausalLM if name == "stock" else KimiK2ForCausalLM,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-    )
-    ids = torch.randint(3, SHAPE["vocab_size"], (1, num_tokens))
+    shape = SMALL | {"num_hidden_layers": 2, "num_attention_heads": 1}
+    model = build(DeepseekV3ForCausalLM if name == "stock" else KimiK2ForCausalLM, shape)
+    ids = torch.randint(3, shape["vocab_size"], (1, num_tokens))
     with torch.no_grad():
         model(ids[:, :64], logits_to_keep=1)
     before = _peak()
@@ -313,16 +315,16 @@ def _peak() -> float:
 
 def agent(num_turns: int, num_answer: int, num_reply: int) -> None:
     """Turns of `num_answer` tokens from a tool and `num_reply` generated ones, in one conversation."""
-    model = build(KimiK2ForCausalLM)
+    model = build(KimiK2ForCausalLM, SMALL)
     generator = torch.Generator().manual_seed(1)
     session = GenerationSession(model)
-    ids = torch.randint(3, SHAPE["vocab_size"], (1, 1024), generator=generator)  # the system prompt
+    ids = torch.randint(3, SMALL["vocab_size"], (1, 1024), generator=generator)  # the system prompt
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)  # compiles the kernels
     with_session: list[float] = []
     without: dict[int, float] = {}
     sampled = {1, num_turns // 4, num_turns // 2, num_turns * 3 // 4, num_turns}
     for turn in range(1, num_turns + 1):
-        answer = torch.randint(3, SHAPE["vocab_size"], (1, num_answer), generator=generator)
+        answer = torch.randint(3, SMALL["vocab_size"], (1, num_answer), generator=generator)
         ids = torch.cat((ids, answer), dim=1)
         options = {"max_new_tokens": num_reply, "do_sample": False}
         if turn in sampled:
@@ -354,7 +356,8 @@ def main() -> None:
     parts = ("decode", "prefill", "agent", "caches")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
-    parser.add_argument("--heads", type=int, default=SHAPE["num_attention_heads"])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--heads", type=int, help="instead of the shape's 8 or 64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefill-tokens", type=int, default=32768)
     parser.add_argument("--turns", type=int, default=300)
@@ -364,10 +367,13 @@ def main() -> None:
     if options.one_prefill:
         one_prefill(options.one_prefill, options.prefill_tokens)
         return
+    shape = dict(SHAPES[options.shape])
+    if options.heads:
+        shape["num_attention_heads"] = options.heads
     if "decode" in options.parts:
-        decode(options.contexts, options.rounds, options.plot, options.heads)
+        decode(options.contexts, options.rounds, options.plot, shape)
     if "caches" in options.parts:
-        caches([n for n in options.contexts if n > 1])
+        caches([n for n in options.contexts if n > 1], shape)
     if "prefill" in options.parts:
         prefill(options.prefill_tokens, min(options.rounds, 2))
     if "agent" in options.parts:

@@ -1,13 +1,13 @@
 """The Kimi K2 model classes: transformers' DeepSeek-V3, renamed, with strict loading and hub-shaped saving.
 
-K2's arithmetic is DeepSeek-V3's, so nothing of the forward pass is written again: given the same weights the logits are
-`torch.equal`. What this file adds is the construction from our own base model (so that task heads, PEFT and later
-attention work see one class tree), a router that stays in float32 under autocast, and the two ends where the stock
-classes go wrong on published checkpoints: `from_pretrained` (see loading.py) and `save_pretrained` (see saving.py).
+K2's arithmetic is DeepSeek-V3's. For training and short inputs upstream's forward pass is kept, and given the same weights
+the logits are `torch.equal`; what follows cached tokens goes the shorter ways of attention.py and few_tokens.py, whose
+classes take the places of upstream's. This file adds the construction from our own base model (so that task heads and
+PEFT see one class tree), and the two ends where the stock classes go wrong on published checkpoints: `from_pretrained`
+(see loading.py) and `save_pretrained` (see saving.py).
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: transformers reads from that of a forward which outputs the class has.
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
