@@ -353,7 +353,7 @@ def assert_close_int8(actual: Tensor, expected: Tensor) -> None:
     assert actual.isfinite().all()
     assert error.abs().max() <= tolerance * expected.abs().max()
     if actual.dtype == torch.float32:
-        assert error.norm() <= 2e-4 * expected.norm()
+        assert error.norm() <= 2.5e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

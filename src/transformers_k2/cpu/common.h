@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -40,31 +41,54 @@ static inline void write_one(void *data, int64_t i, int wide, float value) {
 
 typedef void Work(void *job, int64_t task);
 
+/* Every task from 0 to num_tasks - 1, in any order. */
+typedef struct {
+    Work *work;
+    void *job;
+    int64_t num_tasks;
+    atomic_llong next, done;
+} Stage;
+
 /* A thread takes tasks in a row, which read memory in a row: ever fewer, so that all end at about the same time. */
-static inline void run_some(Work *work, void *job, int64_t num_tasks, int num_threads, atomic_llong *next) {
-    for (;;) {
-        long long task = atomic_load(next), end;
-        do {
-            if (task >= num_tasks) return;
-            end = task + 1 + (num_tasks - task) / (4 * num_threads);
-            end = end < num_tasks ? end : num_tasks;
-        } while (!atomic_compare_exchange_weak(next, &task, end));
-        for (; task < end; task++) work(job, task);
+static inline void run_some(Stage *stage, int num_threads) {
+    const int64_t num_tasks = stage->num_tasks;
+    long long task = atomic_load(&stage->next), end;
+    while (task < num_tasks) {
+        end = task + 1 + (num_tasks - task) / (4 * num_threads);
+        end = end < num_tasks ? end : num_tasks;
+        if (!atomic_compare_exchange_weak(&stage->next, &task, end)) continue;
+        for (int64_t i = task; i < end; i++) stage->work(stage->job, i);
+        atomic_fetch_add(&stage->done, end - task);
+        task = atomic_load(&stage->next);
     }
 }
 
-/* Every task from 0 to num_tasks - 1, in any order. The threads are torch's own: others would wait for a core while
-   these spin, as OpenMP's do between two operations. */
-static inline void run(Work *work, void *job, int64_t num_tasks, int num_threads) {
-    if (num_threads > num_tasks) num_threads = (int)num_tasks;
+/* A stage begins when all tasks of the one before are done, not when all threads are there: on a busy machine one may
+   come late, and then finds nothing left to do. */
+static inline void run_all(Stage *stages, int num_stages, int num_threads) {
+    for (int i = 0; i < num_stages; i++) {
+        run_some(&stages[i], num_threads);
+        for (int waits = 0; i + 1 < num_stages && atomic_load(&stages[i].done) < stages[i].num_tasks; waits++)
+            if (waits >= 1000) sched_yield();
+    }
+}
+
+/* The threads are torch's own: others would wait for a core while these spin, as OpenMP's do between two operations. */
+static inline void run_stages(Stage *stages, int num_stages, int num_threads) {
+    int64_t most = 0;
+    for (int i = 0; i < num_stages; i++) most = stages[i].num_tasks > most ? stages[i].num_tasks : most;
+    if (num_threads > most) num_threads = (int)most;
 #ifdef _OPENMP
     if (num_threads > 1) {
-        atomic_llong next;
-        atomic_init(&next, 0);
 #pragma omp parallel num_threads(num_threads)
-        run_some(work, job, num_tasks, num_threads, &next);
+        run_all(stages, num_stages, num_threads);
         return;
     }
 #endif
-    for (int64_t task = 0; task < num_tasks; task++) work(job, task);
+    for (int i = 0; i < num_stages; i++)
+        for (int64_t task = 0; task < stages[i].num_tasks; task++) stages[i].work(stages[i].job, task);
+}
+
+static inline void run(Work *work, void *job, int64_t num_tasks, int num_threads) {
+    run_stages(&(Stage){work, job, num_tasks, 0, 0}, 1, num_threads);
 }

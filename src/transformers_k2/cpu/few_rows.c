@@ -354,8 +354,10 @@ int few_rows_gated(
             job.hidden[pair * padded(num_middle) + i] = 0;
 
     if (num_pairs * num_in * num_middle < ALONE) num_threads = 1;
-    run(gated_tile, &job, job.num_slices * ((num_middle + TILE - 1) / TILE), num_threads);
-    run(down_tile, &job, (num_in + TILE - 1) / TILE, num_threads);
+    Stage stages[2] = {
+        {gated_tile, &job, job.num_slices * ((num_middle + TILE - 1) / TILE), 0, 0},
+        {down_tile, &job, (num_in + TILE - 1) / TILE, 0, 0}};
+    run_stages(stages, 2, num_threads);
     free(scratch);
     return 0;
 }

@@ -2,7 +2,7 @@
 
    A head's key is W_UK c with the shared rotary key r behind it, its value W_UV c, where c is the token's latent. So a
    score is (q W_UK) c + q_rot r, and the output W_UV (sum of p c): nothing is expanded. A head of a query is a "row".
-   Three stages, with a barrier between:
+   Three stages:
      absorb  q W_UK of each head, scaled, and the rotary part behind it;
      attend  a chunk of the tokens for up to ROWS rows: blocks of tokens, each read from memory once for all rows, with
              running maxima, sums and outputs (online softmax);
@@ -52,8 +52,6 @@ typedef struct Job {
     float *sums;    /* [batch, chunks, rows] */
     float *units;   /* [batch, rows, 2]: of the queries in 16 bits, for both parts */
     int16_t *coded; /* [batch, rows, row_pad]: these, in their own order */
-    int num_threads;
-    atomic_llong next[3];
 } Job;
 
 static inline float to_float(int wide, const void *from, int64_t i) {
@@ -154,7 +152,7 @@ static void hide(const Job *job, int64_t batch, int64_t row, int64_t start, int6
    before. Scores that are all hidden leave everything as it is. */
 static float weigh(float *scores, int64_t num_tokens, float *largest, float *sum) {
     float before = *largest, after = before;
-    Floats most = {before, before, before, before, before, before, before, before}, total = {0};
+    Floats most = all_of(before), total = {0};
     for (int64_t i = 0; i < num_tokens; i += LANES) {
         Floats score = load(scores + i);
         Ints more = score > most;
@@ -284,19 +282,6 @@ static void finish(void *all, int64_t head) {
         }
 }
 
-static void run_stage(Job *job, int stage, int64_t num_tasks, Work *work) {
-    run_some(work, job, num_tasks, job->num_threads, &job->next[stage]);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
-
-static void run_stages(Job *job) {
-    run_stage(job, 0, job->s.heads, absorb);
-    run_stage(job, 1, job->s.batch * job->num_chunks * job->num_groups, attend);
-    run_stage(job, 2, job->s.heads, finish);
-}
-
 /* The parts of a call that follow from its sizes. Returns the floats of `scratch` that it needs. */
 static int64_t prepare(Job *job, float *scratch) {
     const Sizes *s = &job->s;
@@ -340,16 +325,10 @@ void mla_decode(
         .s = *sizes, .q_nope = q_nope, .q_rot = q_rot, .latents = latents, .rotary = rotary, .scales = scales,
         .kv_b = kv_b, .mask = mask, .output = output, .scaling = scaling};
     prepare(&job, scratch);
-    for (int stage = 0; stage < 3; stage++) atomic_init(&job.next[stage], 0);
     const int64_t products = sizes->batch * job.rows * (sizes->tokens * 2 + sizes->nope + sizes->value) * sizes->latent;
-    job.num_threads = products < ALONE ? 1 : num_threads;
-#ifdef _OPENMP
-    if (job.num_threads > 1) {
-        /* torch's own threads: others would wait for a core while these spin. */
-#pragma omp parallel num_threads(job.num_threads)
-        run_stages(&job);
-        return;
-    }
-#endif
-    run_stages(&job);
+    Stage stages[3] = {
+        {absorb, &job, sizes->heads, 0, 0},
+        {attend, &job, sizes->batch * job.num_chunks * job.num_groups, 0, 0},
+        {finish, &job, sizes->heads, 0, 0}};
+    run_stages(stages, 3, products < ALONE ? 1 : num_threads);
 }

@@ -1,6 +1,6 @@
 /* The products of mla.c in float32, and what goes with them: vectors, conversion from bfloat16, exponentials.
 
-   bfloat16 numbers become float32 in registers, 16 at a time: those at even places, then those at odd ones. Rows of
+   bfloat16 numbers become float32 in registers, PAIR at a time: those at even places, then those at odd ones. Rows of
    float32 are kept in that order ("paired"), which costs nothing: only products of two such rows are ever taken. */
 
 #pragma once
@@ -12,14 +12,26 @@
 
 #include "common.h"
 
+/* BLOCK: tokens of `combine` at most: for 64 rows, all this stays in the second-level cache. DOT_ROWS: rows of `dots`
+   whose sums stay in registers. COMBINE_ROWS: rows of `combine`, with a pair of each; so few as COMBINE_FEW with two. */
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define WIDEST 1 /* 32 registers of 64 bytes */
+#define LANES 16
+#define BLOCK 64
+#define DOT_ROWS 8
+#define COMBINE_ROWS 8
+#define COMBINE_FEW 6
+#else
+#define WIDEST 0
 #define LANES 8
-#define PAIR (2 * LANES)     /* numbers converted at a time */
-#define BLOCK 48             /* tokens of `combine` at most: for 64 rows, all this stays in the second-level cache */
-#define ROWS 64              /* rows at most */
-#define DOT_ROWS 4           /* rows and tokens of `dots` whose sums stay in registers */
+#define BLOCK 48
+#define DOT_ROWS 4
+#define COMBINE_ROWS 6
+#define COMBINE_FEW 3
+#endif
+#define PAIR (2 * LANES) /* numbers converted at a time */
+#define ROWS 64          /* rows at most */
 #define DOT_TOKENS 3
-#define COMBINE_ROWS 6       /* rows of `combine`, with 16 numbers of each */
-#define COMBINE_FEW 3        /* so few with 32 */
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -44,8 +56,14 @@ static inline int64_t place(int wide, int64_t i) {
 /* Compilers that see the inner loops' registers all in use load factors again for each product, or spill sums. Spelled
    out, a product takes its factors from registers and adds to its own. */
 #if defined(__AVX2__) && defined(__FMA__)
-#define IN_REGISTER(vector) __asm__("" : "+x"(vector))
-#define ADD_PRODUCT(sum, a, b) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b))
+#if WIDEST
+#define REGISTER "v"
+#else
+#define REGISTER "x"
+#endif
+#define IN_REGISTER(vector) __asm__("" : "+" REGISTER(vector))
+#define ADD_PRODUCT(sum, a, b)                                                                                 \
+    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" REGISTER(sum) : REGISTER(a), REGISTER(b))
 #else
 #define IN_REGISTER(vector)
 #define ADD_PRODUCT(sum, a, b) ((sum) += (a) * (b))
@@ -54,7 +72,7 @@ static inline int64_t place(int wide, int64_t i) {
 /* Inlined, or specialised for a caller, such a function gets fewer registers. */
 #define APART __attribute__((noinline, noclone))
 
-/* Half of 16 numbers: the first or the last eight of float32, those at even or at odd places of bfloat16. */
+/* Half of a pair: the first or the last numbers of float32, those at even or at odd places of bfloat16. */
 static inline __attribute__((always_inline)) Floats half(int wide, const char *from, int which) {
     Words raw;
     if (wide) {
@@ -62,6 +80,7 @@ static inline __attribute__((always_inline)) Floats half(int wide, const char *f
         return (Floats)raw;
     }
     memcpy(&raw, from, sizeof raw);
+    if (which && WIDEST) return (Floats)(raw & 0xffff0000);
     if (which) {
         raw >>= 16;
         IN_REGISTER(raw); /* else it becomes a mask, for which there is no register */
@@ -74,6 +93,8 @@ static inline Floats load(const float *from) {
     memcpy(&value, from, sizeof value);
     return value;
 }
+
+static inline Floats all_of(float value) { return value - (Floats){0}; }
 
 static inline void store(float *to, Floats value) { memcpy(to, &value, sizeof value); }
 
@@ -94,25 +115,36 @@ static inline Floats exponential(Floats x) {
 }
 
 static inline float exponential_of_one(float x) {
-    Floats all = {x, x, x, x, x, x, x, x};
-    return exponential(all)[0];
+    return exponential(all_of(x))[0];
+}
+
+typedef float Eight __attribute__((vector_size(32)));
+
+static inline Eight folded(Floats value) {
+#if WIDEST
+    Eight halves[2];
+    memcpy(halves, &value, sizeof halves);
+    return halves[0] + halves[1];
+#else
+    return value;
+#endif
 }
 
 /* The sums of the lanes of three vectors, and a fourth number. */
 static inline void totals(Floats a, Floats b, Floats c, float to[4]) {
-    const Floats zero = {0};
+    const Eight all[4] = {folded(a), folded(b), folded(c), {0}};
 #ifdef __AVX2__
-    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)zero));
+    __m256 pairs = _mm256_hadd_ps(
+        _mm256_hadd_ps((__m256)all[0], (__m256)all[1]), _mm256_hadd_ps((__m256)all[2], (__m256)all[3]));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 #else
-    const Floats all[4] = {a, b, c, zero};
     for (int i = 0; i < 4; i++)
         to[i] = ((all[i][0] + all[i][1]) + (all[i][2] + all[i][3])) +
                 ((all[i][4] + all[i][5]) + (all[i][6] + all[i][7]));
 #endif
 }
 
-/* sum[row][token] += 16 numbers of each row times those of each token. */
+/* sum[row][token] += a pair of each row times those of each token. */
 static inline __attribute__((always_inline)) void multiply(
     int wide, int num_rows, int num_tokens, const float *rows, int64_t row_step, const char *tokens, int64_t token_step,
     Floats (*sum)[DOT_TOKENS]) {
@@ -121,7 +153,7 @@ static inline __attribute__((always_inline)) void multiply(
         Floats value[DOT_TOKENS];
 #pragma GCC unroll 4
         for (int token = 0; token < num_tokens; token++) value[token] = half(wide, tokens + token * token_step, which);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int row = 0; row < num_rows; row++) {
             Floats query = load(rows + row * row_step + which * LANES);
 #pragma GCC unroll 4
@@ -154,7 +186,7 @@ static inline __attribute__((always_inline)) void dots_tile(
         }
         rows += padded(size);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int row = 0; row < num_rows; row++) totals(sum[row][0], sum[row][1], sum[row][2], to + row * to_step);
 }
 
@@ -163,7 +195,7 @@ static inline __attribute__((always_inline)) void dots_of(
     int wide, const float *rows, int64_t num_rows, int64_t row_step, const Source *parts, int num_parts,
     int64_t num_tokens, float *to, int64_t to_step) {
     for (int64_t row = 0; row < num_rows;) {
-        int count = (int)least(num_rows - row, DOT_ROWS);
+        int count = num_rows - row >= DOT_ROWS ? DOT_ROWS : (int)least(num_rows - row, 4);
         for (int64_t token = 0; token < num_tokens; token += DOT_TOKENS) {
             const float *from = rows + row * row_step;
             float *target = to + row * to_step + token;
@@ -174,7 +206,10 @@ static inline __attribute__((always_inline)) void dots_of(
                 case 1: TILES(1); break;
                 case 2: TILES(2); break;
                 case 3: TILES(3); break;
-                default: TILES(4);
+#if DOT_ROWS > 4
+                case 4: TILES(4); break;
+#endif
+                default: TILES(DOT_ROWS);
             }
 #undef TILES
 #undef TILE
@@ -192,13 +227,13 @@ static APART void dots(
         dots_of(0, rows, num_rows, row_step, parts, num_parts, num_tokens, to, to_step);
 }
 
-/* to[row] = to[row] * keep[row] + the sum over tokens of weights[row][token] * token, for 16 or 32 numbers of each. */
+/* to[row] = to[row] * keep[row] + the sum over tokens of weights[row][token] * token, for one or two pairs of each. */
 static inline __attribute__((always_inline)) void combine_tile(
     int wide, int num_rows, int num_pairs, const float *weights, int64_t weight_step, const float *keep,
     const Source *source, const char *tokens, int64_t num_tokens, float *to, int64_t to_step) {
     const int64_t item = wide ? 4 : 2, step = source->step, ahead = source->ahead;
     Floats sum[COMBINE_ROWS][4];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int row = 0; row < num_rows; row++)
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * num_pairs; i++) sum[row][i] = load(to + row * to_step + i * LANES) * keep[row];
@@ -208,16 +243,15 @@ static inline __attribute__((always_inline)) void combine_tile(
         for (int pair = 0; pair < num_pairs; pair++) {
             const char *from = tokens + pair * PAIR * item;
             Floats first = half(wide, from, 0), second = half(wide, from, 1);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int row = 0; row < num_rows; row++) {
-                float w = weights[row * weight_step + token];
-                Floats weight = {w, w, w, w, w, w, w, w};
+                Floats weight = all_of(weights[row * weight_step + token]);
                 ADD_PRODUCT(sum[row][2 * pair], first, weight);
                 ADD_PRODUCT(sum[row][2 * pair + 1], second, weight);
             }
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int row = 0; row < num_rows; row++)
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * num_pairs; i++) store(to + row * to_step + i * LANES, sum[row][i]);
@@ -248,14 +282,22 @@ static inline __attribute__((always_inline)) void combine_of(
     combine_tile(                                                                                              \
         wide, rows, pairs, weights + row * weight_step, weight_step, keep + row, &source, from, num_tokens,    \
         to + row * to_step + i, to_step)
+#define TILES(rows)                                                                                            \
+    if (rows <= COMBINE_FEW && is_double) TILE(rows, 2);                                                       \
+    else TILE(rows, 1)
             switch (count) {
-                case 1: is_double ? TILE(1, 2) : TILE(1, 1); break;
-                case 2: is_double ? TILE(2, 2) : TILE(2, 1); break;
-                case 3: is_double ? TILE(3, 2) : TILE(3, 1); break;
-                case 4: TILE(4, 1); break;
-                case 5: TILE(5, 1); break;
-                default: TILE(6, 1);
+                case 1: TILES(1); break;
+                case 2: TILES(2); break;
+                case 3: TILES(3); break;
+                case 4: TILES(4); break;
+                case 5: TILES(5); break;
+#if COMBINE_ROWS > 6
+                case 6: TILES(6); break;
+                case 7: TILES(7); break;
+#endif
+                default: TILES(COMBINE_ROWS);
             }
+#undef TILES
 #undef TILE
         }
     }

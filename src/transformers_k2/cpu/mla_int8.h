@@ -1,4 +1,4 @@
-/* The products of mla.c for latents in 8 bits, in integers: 16 at a time instead of eight, and no conversion.
+/* The products of mla.c for latents in 8 bits, in integers: twice as many at a time, and no conversion.
 
    A value is a code times the float32 scale of its token and GROUP neighbours. A query's row becomes 16-bit integers,
    with one unit for the latent part and one for the rotary part: its products with a token's group add up exactly.
@@ -27,7 +27,9 @@ typedef int16_t Shorts __attribute__((vector_size(2 * PAIR)));
 static inline int64_t num_groups(int64_t size) { return (size + GROUP - 1) / GROUP; }
 
 static inline Shorts widen(const int8_t *from) {
-#ifdef __AVX2__
+#if WIDEST
+    return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__)
     return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
 #else
     Bytes bytes;
@@ -43,13 +45,15 @@ static inline Shorts load_shorts(const int16_t *from) {
 }
 
 /* sum += the sums of two neighbours' products. */
-#ifdef __AVX2__
+#if WIDEST && defined(__AVX512VNNI__)
+#define ADD_PAIRS(sum, a, b) __asm__ volatile("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+#elif defined(__AVX2__)
 #define ADD_PAIRS(sum, a, b)                                                                                   \
     do {                                                                                                       \
         Ints pairs_;                                                                                           \
         __asm__ volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"                                            \
-                         : "+x"(sum), "=&x"(pairs_)                                                            \
-                         : "x"(a), "x"(b));                                                                    \
+                         : "+" REGISTER(sum), "=&" REGISTER(pairs_)                                            \
+                         : REGISTER(a), REGISTER(b));                                                          \
     } while (0)
 #else
 #define ADD_PAIRS(sum, a, b)                                                                                   \
@@ -59,7 +63,9 @@ static inline Shorts load_shorts(const int16_t *from) {
 
 /* (a * b) / 2^15, rounded. */
 static inline Shorts multiply_high(Shorts a, Shorts b) {
-#ifdef __AVX2__
+#if WIDEST
+    return (Shorts)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
     return (Shorts)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b);
 #else
     Shorts result;
@@ -68,9 +74,15 @@ static inline Shorts multiply_high(Shorts a, Shorts b) {
 #endif
 }
 
-/* 16 columns of two tokens: the pairs of the first eight, then of the others. */
+/* PAIR columns of two tokens: the pairs of the first half, then of the others. */
 static inline void interleave(const int8_t *a, const int8_t *b, Shorts to[2]) {
-#ifdef __AVX2__
+#if WIDEST
+    for (int i = 0; i < 2; i++, a += LANES, b += LANES) {
+        __m128i first = _mm_loadu_si128((const __m128i *)a), second = _mm_loadu_si128((const __m128i *)b);
+        __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+        to[i] = (Shorts)_mm512_cvtepi8_epi16(pairs);
+    }
+#elif defined(__AVX2__)
     __m128i first = _mm_loadu_si128((const __m128i *)a), second = _mm_loadu_si128((const __m128i *)b);
     to[0] = (Shorts)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second));
     to[1] = (Shorts)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second));
@@ -104,14 +116,14 @@ static inline float magnitude(const float *from, int64_t num) {
     return from_bits(largest);
 }
 
-/* sum[row][token] += 16 numbers of each row times the codes of each token. */
+/* sum[row][token] += a pair of each row times the codes of each token. */
 static inline __attribute__((always_inline)) void code_multiply(
     int num_rows, int num_tokens, const int16_t *rows, int64_t row_step, const int8_t *codes, int64_t step,
     Ints (*sum)[CODE_TOKENS]) {
     Shorts value[CODE_TOKENS];
 #pragma GCC unroll 4
     for (int token = 0; token < num_tokens; token++) value[token] = widen(codes + token * step);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int row = 0; row < num_rows; row++) {
         Shorts query = load_shorts(rows + row * row_step);
 #pragma GCC unroll 4
@@ -147,43 +159,48 @@ static inline __attribute__((always_inline)) void code_dots_tile(
             }
 #pragma GCC unroll 4
             for (int token = 0; token < num_tokens; token++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int row = 0; row < num_rows; row++)
                     sum[row][token] += __builtin_convertvector(exact[row][token], Floats) * scales[token * scale_step];
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int row = 0; row < num_rows; row++)
 #pragma GCC unroll 4
             for (int token = 0; token < num_tokens; token++)
                 total[row][token] += sum[row][token] * units[2 * row + part];
         rows += padded(size);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int row = 0; row < num_rows; row++) totals(total[row][0], total[row][1], total[row][1], to + row * to_step);
 }
 
 static APART void code_dots(
     const int16_t *rows, int64_t num_rows, int64_t row_step, const float *units, const Codes *parts, int64_t num_tokens,
     float *to, int64_t to_step) {
-    for (int64_t row = 0; row < num_rows; row += DOT_ROWS)
+    for (int64_t row = 0, count; row < num_rows; row += count) {
+        count = num_rows - row >= DOT_ROWS ? DOT_ROWS : least(num_rows - row, 4);
         for (int64_t token = 0; token < num_tokens; token += CODE_TOKENS) {
             const int16_t *from = rows + row * row_step;
             float *target = to + row * to_step + token;
             int num = (int)least(num_tokens - token, CODE_TOKENS);
 #define TILE(r, t) code_dots_tile(r, t, from, row_step, units + 2 * row, parts, token, target, to_step)
 #define TILES(r) (num == 2 ? TILE(r, 2) : TILE(r, 1))
-            switch (least(num_rows - row, DOT_ROWS)) {
+            switch (count) {
                 case 1: TILES(1); break;
                 case 2: TILES(2); break;
                 case 3: TILES(3); break;
-                default: TILES(4);
+#if DOT_ROWS > 4
+                case 4: TILES(4); break;
+#endif
+                default: TILES(DOT_ROWS);
             }
 #undef TILES
 #undef TILE
         }
+    }
 }
 
-/* to[row] = to[row] * keep[row] + gain[row] * the sum over tokens of weights[row][token] * codes, for 16 columns. */
+/* to[row] = to[row] * keep[row] + gain[row] * the sum over tokens of weights[row][token] * codes, for a pair. */
 static inline __attribute__((always_inline)) void code_combine_tile(
     int num_rows, const int16_t *weights, int64_t weight_step, const float *keep, const float *gain,
     const int8_t *codes, int64_t step, int64_t num_tokens, float *to, int64_t to_step) {
@@ -191,16 +208,16 @@ static inline __attribute__((always_inline)) void code_combine_tile(
     for (int64_t token = 0; token < num_tokens; token += 2, codes += 2 * step) {
         Shorts value[2];
         interleave(codes, token + 1 < num_tokens ? codes + step : codes, value); /* a last weight is zero */
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int row = 0; row < num_rows; row++) {
             int32_t pair;
             memcpy(&pair, weights + row * weight_step + token, sizeof pair);
-            Shorts both = (Shorts)(Ints){pair, pair, pair, pair, pair, pair, pair, pair};
+            Shorts both = (Shorts)(pair - (Ints){0});
             ADD_PAIRS(sum[row][0], value[0], both);
             ADD_PAIRS(sum[row][1], value[1], both);
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int row = 0; row < num_rows; row++)
 #pragma GCC unroll 2
         for (int which = 0; which < 2; which++) {
@@ -255,7 +272,11 @@ static APART void code_combine(
                     case 3: TILE(3); break;
                     case 4: TILE(4); break;
                     case 5: TILE(5); break;
-                    default: TILE(6);
+#if COMBINE_ROWS > 6
+                    case 6: TILE(6); break;
+                    case 7: TILE(7); break;
+#endif
+                    default: TILE(COMBINE_ROWS);
                 }
 #undef TILE
             }
