@@ -192,4 +192,4 @@ def test_lora_beside_the_head(tiny_model: KimiK2ForCausalLM) -> None:
         adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([p.grad for p in adapted.parameters() if p.requires_grad])
     assert tiny_model.lm_head.weight.grad is None
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)

@@ -148,8 +148,11 @@ def _main(
         os.dup2(file.fileno(), 2)
     from rich.console import Console
 
+    from transformers_k2.optim import muon
     from transformers_k2.training import machine, train
 
+    # Newton-Schulz in bfloat16, where the CPU multiplies it, would tell layouts apart by its rounding.
+    muon.choose_dtype = lambda device: torch.float32
     torch.set_num_threads(1)
     if before is not None:
         before()

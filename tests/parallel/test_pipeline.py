@@ -88,10 +88,10 @@ def test_losses_gradients_and_norms(folder: Path, ranks: int, kind: str) -> None
             torch.testing.assert_close(result[f"{kind} norm"], norm, rtol=1e-5, atol=0)
             torch.testing.assert_close(result[f"{kind} norm again"], norm, rtol=1e-5, atol=0)
         # Sums over micro-batches and ranks are rounded in another order.
-        assert_all_equal([r[f"{kind} grads"] for r in results], grads, case, rtol=1e-4, atol=1e-7)
-        assert_all_equal([r[f"{kind} clipped"] for r in results], clipped, case, rtol=1e-4, atol=1e-7)
-        assert_all_equal([r[f"{kind} twice a half"] for r in results], grads, case, rtol=1e-4, atol=1e-7)
-        assert_all_equal([r[f"{kind} grads in runs"] for r in results], grads, case, rtol=1e-4, atol=1e-7)
+        assert_all_equal([r[f"{kind} grads"] for r in results], grads, case, rtol=1e-4, atol=1e-6)
+        assert_all_equal([r[f"{kind} clipped"] for r in results], clipped, case, rtol=1e-4, atol=1e-6)
+        assert_all_equal([r[f"{kind} twice a half"] for r in results], grads, case, rtol=1e-4, atol=1e-6)
+        assert_all_equal([r[f"{kind} grads in runs"] for r in results], grads, case, rtol=1e-4, atol=1e-6)
         for result in results:
             torch.testing.assert_close(result[f"{kind} loss in runs"], result[f"{kind} loss"])
             for part, whole in zip(

@@ -120,7 +120,10 @@ def test_kernel(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bands(shape: tuple[int, int], dtype: torch.dtype, form: str, small_bands: None) -> None:
+def test_bands(
+    shape: tuple[int, int], dtype: torch.dtype, form: str, small_bands: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_linear, "has_bfloat16_instructions", lambda: False)
     codes, packed, scale = matrix(*shape)
     weight = dequantised(codes, scale)
     packed, scale = in_form(form, packed, scale)

@@ -200,6 +200,13 @@ def dequantised(model: Any, plain: Any, exact: Any) -> Any:
     return plain
 
 
+def nf4_config(config: KimiK2Config) -> KimiK2Config:
+    """Inputs in whole blocks of 64: where the CPU has AVX-512, bitsandbytes 0.50 misreads others."""
+    sizes = {"hidden_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 32}
+    sizes |= {"intermediate_size": 64, "moe_intermediate_size": 64}
+    return type(config)(**(config.to_dict() | sizes))
+
+
 @pytest.mark.parametrize(
     ("method", "dtype", "double_quant"),
     [
@@ -212,6 +219,8 @@ def dequantised(model: Any, plain: Any, exact: Any) -> Any:
 def test_quantised_bases_compute_with_their_weights(
     tiny_model: KimiK2ForCausalLM, method: str, dtype: torch.dtype, double_quant: bool, tmp_path: Path
 ) -> None:
+    if method == "nf4":
+        tiny_model = KimiK2ForCausalLM(nf4_config(tiny_model.config)).eval()
     tiny_model.save_pretrained(tmp_path)
     settings = NF4("nf4", 8, double_quant) if method == "nf4" else Int4("int4", 8)
     model: Any = load_quantised(tmp_path, tiny_model.config, Layout(), settings, dtype)
@@ -240,7 +249,7 @@ def test_quantised_bases_compute_with_their_weights(
         for name, gradient in grads.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
     else:  # PEFT adds the update before it rounds to bfloat16, or, to 4-bit layers, after
-        torch.testing.assert_close(loss, expected_loss, rtol=5e-3, atol=0)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-2, atol=0)
         flat, expected_flat = (
             torch.cat([part[name].flatten() for name in grads]) for part in (grads, expected)
         )

@@ -187,6 +187,11 @@ class PackedQuantizer(HfQuantizer):
         ]
         if self.linear is not None:
             self.linear._process_model_after_weight_loading(model, **kwargs)
+            for module in model.modules():
+                if getattr(module, "support_avx512bf16_for_cpu", False):
+                    # bitsandbytes repacks 4-bit layers at their first forward, and stops at sizes that do not fill blocks.
+                    whole = module.out_features % 32 == 0 and module.in_features % 64 == 0
+                    module.support_avx512bf16_for_cpu = whole
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
