@@ -190,8 +190,20 @@ class _Beside(nn.Module):
         return self.base(x) + x @ self.a.T @ self.b.T
 
 
+class _ByRow(nn.Module):
+    """As PEFT's layers are when a batch has `adapter_names`."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor, factors: list[float]) -> Tensor:
+        assert len(factors) == len(x)
+        return self.base(x) * x.new_tensor(factors).view(-1, *[1] * (x.dim() - 1))
+
+
 @pytest.mark.parametrize("num_before", [20, 700])
-@pytest.mark.parametrize("form", ["adapter", "forward hook", "own forward"])
+@pytest.mark.parametrize("form", ["adapter", "forward hook", "own forward", "bias", "adapter by row"])
 def test_a_kv_b_that_is_no_plain_matrix_counts_whole(form: str, num_before: int) -> None:
     ours, stock, rotary = pair(torch.float64)
     for module in (ours, stock):
@@ -200,6 +212,13 @@ def test_a_kv_b_that_is_no_plain_matrix_counts_whole(form: str, num_before: int)
             module.kv_b_proj = _Beside(module.kv_b_proj)
         elif form == "forward hook":
             module.kv_b_proj.register_forward_hook(lambda module, args, output: output * 1.5)
+        elif form == "bias":
+            module.kv_b_proj.bias = nn.Parameter(torch.randn(module.kv_b_proj.out_features).double())
+        elif form == "adapter by row":
+            module.kv_b_proj = _ByRow(module.kv_b_proj)
+            module.kv_b_proj.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, {"factors": [0.5, 2.0]}), with_kwargs=True
+            )
         else:
             forward = module.kv_b_proj.forward
             module.kv_b_proj.forward = lambda x, f=forward: f(x) * 0.5  # as accelerate's hooks do it

@@ -184,6 +184,9 @@ def test_assisted_by_a_smaller_model(
     draft = KimiK2ForCausalLM(tiny_config(num_hidden_layers=1)).eval()
     assisted = generate(tiny_model, PROMPT, assistant_model=draft, **GREEDY)
     assert torch.equal(assisted, generate(tiny_model, PROMPT, **GREEDY))
+    # The draft is asked for the same kind of cache, and keeps it from round to round.
+    got = generate(tiny_model, PROMPT, assistant_model=draft, **GREEDY, cache_implementation="quantized")
+    assert got.shape == assisted.shape
 
 
 def test_the_cache_holds_latents(tiny_model: KimiK2ForCausalLM) -> None:

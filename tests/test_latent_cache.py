@@ -132,6 +132,19 @@ def test_steps_copy_nothing() -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 @torch.no_grad()
+def test_shallow_copies_part_at_the_next_token(cls: type) -> None:
+    layer, stock = filled(cls, 4, 1)
+    other, other_stock = copy.copy(layer), copy.copy(stock)
+    for each, same in ((layer, stock), (other, other_stock), (copy.copy(other), copy.copy(other_stock))):
+        new = states(1)
+        each.update(*new)
+        same.update(*(new if cls is LatentLayer else rounded(*new)))
+    equal(layer, stock)
+    equal(other, other_stock)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@torch.no_grad()
 def test_reset_and_copies(cls: type) -> None:
     layer, stock = filled(cls, 4, 1)
     copied = copy.deepcopy(layer)

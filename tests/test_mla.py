@@ -49,11 +49,14 @@ def masks(kind: str, batch: int, num_queries: int, num_keys: int) -> Tensor | No
         return causal & (rows[-num_queries:, None] == rows)
     if kind == "random":
         return torch.rand(batch, 1, num_queries, num_keys) > 0.7
+    if kind == "finite":  # and some rows see nothing: the mean of all values
+        hidden = ~causal | (torch.rand(batch, 1, num_queries, 1) > 0.5)
+        return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.bfloat16).min)
     assert kind == "additive"
     return torch.randn(batch, 1, num_queries, num_keys).masked_fill(~causal, -math.inf)
 
 
-KINDS = ("causal", "left padding", "packed", "random", "additive")
+KINDS = ("causal", "left padding", "packed", "random", "additive", "finite")
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 0.01}
 
 

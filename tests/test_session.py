@@ -293,6 +293,8 @@ def test_progress(tiny_model: KimiK2ForCausalLM, capfd: pytest.CaptureFixture[st
 def test_errors(tiny_model: KimiK2ForCausalLM) -> None:
     session, ids = GenerationSession(tiny_model), prompt(5)
     session.generate(ids, **GREEDY)
+    with pytest.raises(ValueError, match="input_ids is a list, expected a tensor"):
+        session.generate(ids.tolist())
     for shape in ((2, 5), (1, 0), (5,)):
         with pytest.raises(ValueError, match=r"input_ids has shape .*expected \(1, n\)"):
             session.generate(torch.ones(shape, dtype=torch.long))

@@ -187,10 +187,12 @@ class KimiK2Attention(DeepseekV3Attention):
         num_queries, num_keys = q_nope.shape[1], stored.num_keys
         value_dim = cast(int, self.v_head_dim)
         kv_b = few_tokens.plain_weight(self.kv_b_proj, q_nope)
-        # An adapted, quantised or offloaded kv_b_proj shows its matrix by what it makes of the identity's rows.
+        # An adapted, quantised or offloaded kv_b_proj shows its matrix by what it makes of the identity's rows, unless a
+        # hook looks at the rows first: PEFT's chooses an adapter for each row of a batch.
+        sees_rows = kv_b is None and len(self.kv_b_proj._forward_pre_hooks) > 0
         num_unfolded = self.kv_lora_rank if kv_b is None else 0
         sizes = self.kv_lora_rank, self.qk_nope_head_dim, value_dim
-        if not mla.absorbs(num_queries, num_keys, *sizes, num_unfolded):
+        if sees_rows or not mla.absorbs(num_queries, num_keys, *sizes, num_unfolded):
             query = torch.cat((q_nope, q_rot), dim=-1).transpose(1, 2)
 
             def expand(latents: Tensor) -> Tensor:
@@ -198,8 +200,22 @@ class KimiK2Attention(DeepseekV3Attention):
 
             return mla.expanded(query, stored.read, num_keys, expand, self.scaling, mask, value_dim)
         if kv_b is None:
-            identity = torch.eye(self.kv_lora_rank, dtype=q_nope.dtype, device=q_nope.device)
-            kv_b = self.kv_b_proj(identity).T.contiguous()
+            # The last row is zero: what is made of it is a bias. Added to all keys of a head it changes no weight.
+            rows = torch.eye(
+                self.kv_lora_rank + 1, self.kv_lora_rank, dtype=q_nope.dtype, device=q_nope.device
+            )
+            rows = self.kv_b_proj(rows)
+            bias = rows[-1]
+            output = self._absorb(q_nope, q_rot, stored, (rows[:-1] - bias).T.contiguous(), mask)
+            return output + bias.view(-1, self.qk_nope_head_dim + value_dim)[:, self.qk_nope_head_dim :]
+        return self._absorb(q_nope, q_rot, stored, kv_b, mask)
+
+    def _absorb(
+        self, q_nope: Tensor, q_rot: Tensor, stored: _Stored, kv_b: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """`_attend` in the space of latents, with the matrix [heads * (nope + value), rank]."""
+        num_queries, num_keys = q_nope.shape[1], stored.num_keys
+        value_dim = cast(int, self.v_head_dim)
         if num_queries <= _FEW_QUERIES:
             if stored.codes is not None:
                 codes, scales = stored.codes.codes, stored.codes.scales

@@ -23,8 +23,9 @@ INT8 = "int8"
 class LatentGeneration(GenerationMixin):
     """transformers' `generate`, with defaults for multi-head latent attention.
 
-    * Prompts of more than `PREFILL_CHUNK` tokens go in chunks of that size, unless `prefill_chunk_size` says otherwise or
-      the cache is static, whose prefill upstream may compile.
+    * Prompts of more than `PREFILL_CHUNK` token ids go in chunks of that size, unless `prefill_chunk_size` says otherwise,
+      the cache is static, whose prefill upstream may compile, or the decoding is assisted, which has a prefill of its own
+      (`GenerationSession` chunks that one too).
     * `cache_implementation="quantized"` gives a `LatentCache` of 8 bits, which needs no other package, unless
       `cache_config` names another `backend` ("quanto", "hqq").
     """
@@ -52,10 +53,11 @@ class LatentGeneration(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         options = generation_config.cache_config or {}
+        cache = model_kwargs.get("past_key_values")
         if (
             generation_config.cache_implementation == "quantized"
             and options.get("backend", INT8) == INT8
-            and model_kwargs.get("past_key_values") is None
+            and (cache is None or (isinstance(cache, LatentCache) and cache.latent_dtype == INT8))
             and generation_config.use_cache is not False
         ):
             unknown = sorted(set(options) - {"backend"})
@@ -64,6 +66,8 @@ class LatentGeneration(GenerationMixin):
                     f"cache_config has {', '.join(unknown)}: the cache of 8-bit latents has no options; leave them out, or "
                     f"name the backend they are for ('quanto', 'hqq')."
                 )
-            model_kwargs["past_key_values"] = LatentCache(config=self.config, dtype=INT8)
+            # A cache that is there is an assistant's, who has the settings of the model it helps.
+            if cache is None:
+                model_kwargs["past_key_values"] = LatentCache(config=self.config, dtype=INT8)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -42,6 +42,14 @@ class LatentLayer(DynamicLayer):
         self._loose: list[Tensor | None] = [None, None]
         super().__init__(**kwargs)
 
+    def __copy__(self) -> LatentLayer:
+        """Another layer with the same tensors; the next to write takes a buffer of its own."""
+        other = type(self).__new__(type(self))
+        other.__dict__ |= self.__dict__
+        self._writable = other._writable = False
+        other._loose = list(self._loose)
+        return other
+
     @property
     def keys(self) -> Tensor | None:
         """[b, heads, T, rank]; None before the first update."""

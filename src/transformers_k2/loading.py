@@ -68,7 +68,7 @@ def from_pretrained(
     """Load `cls` from `path` through `upstream`, transformers' own from_pretrained. See KimiK2PreTrainedModel."""
     if path is None or kwargs.get("gguf_file") is not None:  # weights given by hand, or another file format
         return upstream(path, *model_args, config=config, output_loading_info=output_loading_info, **kwargs)
-    config = _resolve_config(cls, path, config, kwargs)
+    config = resolve_config(cls, path, config, kwargs)
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
             "use_safetensors=False asks for a pickle, which can run code; Kimi K2 loads safetensors only."
@@ -86,7 +86,7 @@ def from_pretrained(
     return (model, report) if output_loading_info else model
 
 
-def _resolve_config(cls: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> KimiK2Config:
+def resolve_config(cls: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> KimiK2Config:
     """A private KimiK2Config; takes from `kwargs` what belongs to the configuration."""
     if not isinstance(config, PreTrainedConfig):
         if config is None and _is_adapter(Path(path)):  # transformers then loads the base model that it names

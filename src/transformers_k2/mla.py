@@ -25,6 +25,7 @@ from .optim.sdpa import attend_with_lse
 Latents = Callable[[int, int], tuple[Tensor, Tensor]]
 # Latents expanded at a time, and queries that meet them at a time: 100 MB of keys and values with 64 heads in bfloat16.
 BLOCK = 1024
+_VANISHING = -1e30  # beside such a number scores are lost
 _SCORES = 1 << 24  # absorbed scores held at a time: 64 MB in float32
 
 
@@ -119,6 +120,8 @@ def expanded(
         [b, q, heads, value] in the dtype of `query`. A row that sees nothing is zero.
     """
     batch, num_heads, num_queries, key_dim = query.shape
+    if mask is not None and mask.is_floating_point():
+        query, mask = _without_blind_rows(query, mask)
     sums = query.new_zeros(batch, num_heads, num_queries, value_dim, dtype=_sums_dtype(query))
     lse = sums.new_full((batch, num_heads, num_queries), -math.inf)
     padding = max(0, key_dim - value_dim) if query.device.type == "cpu" else 0
@@ -151,6 +154,18 @@ def expanded(
             output, new = _attend(query[:, :, begin:end], key, value, part, is_causal, scaling)
             _merge(sums[:, :, begin:end], lse[:, :, begin:end], output[..., :value_dim], new)
     return sums.to(query.dtype).transpose(1, 2)
+
+
+def _without_blind_rows(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for rows that a finite mask hides all keys of: such a row is the mean of all values.
+
+    Next to a mask of -3e38 scores vanish, and the log of their number too, by which blocks are weighted.
+    """
+    most = mask.amax(-1, keepdim=True)
+    blind = (most < _VANISHING) & (most > -math.inf)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not blind.any():
+        return query, mask
+    return query.masked_fill(blind, 0.0), mask.masked_fill(blind, 0.0)
 
 
 def _sums_dtype(query: Tensor) -> torch.dtype:

@@ -6,7 +6,8 @@ feeds only the rest. The ids returned are those of `model.generate` on the whole
 arithmetic: tokens fed in other portions are summed in another order.
 
 What this gives up: one conversation at a time (batches and beams share no prefix), and a change early in the history
-recomputes all after it: MLA's latents depend on everything before them.
+recomputes all after it: MLA's latents depend on everything before them. It does not notice that the model's weights or its
+active adapter changed: call `reset` then.
 """
 
 from __future__ import annotations
@@ -32,25 +33,11 @@ PREFILL_CHUNK = 4096
 _FORMAT = "transformers_k2 session 1"
 # What the latents of a token depend on, beside the weights.
 _CONFIG_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
-    *(
-        "num_attention_heads",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-    ),
-    *(
-        "n_routed_experts",
-        "n_shared_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-        "first_k_dense_replace",
-    ),
-    *("norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "rope_parameters", "rope_interleave"),
-)
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "first_k_dense_replace",
+    "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "rope_parameters", "rope_interleave",
+)  # fmt: skip
 # Options of generate that a session needs as they are here: one sequence, with this cache.
 _FIXED: dict[str, Any] = {
     "num_beams": 1,
@@ -284,6 +271,8 @@ class GenerationSession:
 
     def _checked_ids(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[n] on the CPU; takes the mask, which is known, from the options."""
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(f"input_ids is a {type(input_ids).__name__}, expected a tensor of shape (1, n).")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}, expected (1, n): a session is one sequence."
@@ -356,7 +345,10 @@ class GenerationSession:
                 raise ValueError(
                     f"{path} holds {[part.shape[-2] for part in parts]} rows in layer {index}, expected {len(ids)}."
                 )
-            layer.restore(tuple(parts))
+            try:
+                layer.restore(tuple(parts))
+            except ValueError as error:
+                raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
             saved = layer.latents(0, probe.shape[1])
             difference = sum(
                 (a.double() - b.double()).square().sum() for a, b in zip(fresh, saved, strict=True)

@@ -265,12 +265,22 @@ def test_tied_weights_are_refused(tiny_config: Callable[..., KimiK2Config]) -> N
         KimiK2StageForCausalLM(tiny_config(tie_word_embeddings=True), Stage(0, (2, 1)))
 
 
-def test_without_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_processes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="start them with torchrun"):
         load_stage(folder / "bf16")
     with pytest.raises(SystemExit):
         main([str(folder), "--prompt", "a"])
     assert "start it with torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    for options, message in (
+        (["--prompt", ""], "--prompt is empty"),
+        (["--temperature", "-1"], "-1.0: expected 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(folder), "--prompt", "a", *options])
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--node-rank 1" in capsys.readouterr().out

@@ -39,7 +39,7 @@ from transformers.utils.generic import can_return_tuple
 from .. import few_tokens
 from ..configuration_kimi_k2 import KimiK2Config
 from ..lazy_tensors import DTYPES
-from ..loading import _resolve_config
+from ..loading import resolve_config
 from ..manifest import expected_tensors
 from ..modeling_kimi_k2 import KimiK2ForCausalLM
 from ..quantization.hf_quantizer import METHOD
@@ -329,7 +329,7 @@ def load_stage(
         )
     if type(prefill_chunk) is not int or prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk!r}: expected a number of tokens >= 1.")
-    config = _resolve_config(KimiK2StageForCausalLM, path, kwargs.pop("config", None), kwargs)
+    config = resolve_config(KimiK2StageForCausalLM, path, kwargs.pop("config", None), kwargs)
     num_stages = dist.get_world_size(process_group)
     if split is None:
         split = even_split(stage_bytes(config, kwargs), num_stages)
@@ -503,6 +503,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         split = None if options.split is None else [int(count) for count in options.split.split(",")]
     except ValueError:
         parser.error(f"--split is {options.split!r}: expected numbers of layers, as 30,31")
+    if not options.temperature >= 0:
+        parser.error(f"--temperature is {options.temperature}: expected 0 or more")
+    if not options.prompt:
+        parser.error("--prompt is empty: expected a text")
     dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
     try:
         _run(options, split)
