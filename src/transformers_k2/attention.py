@@ -25,7 +25,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from . import few_tokens, mla, padded_sdpa
 from .cpu import mla as cpu_mla
 from .cpu import small
-from .latent_cache import Int8LatentLayer, adopt
+from .latent_cache import Int8LatentLayer, LatentLayer, adopt
 from .optim.observe import recording
 
 # Attention split by heads, with whole latents on every rank: transformers' own plan for DeepSeek-V3 leaves it whole. For
@@ -169,17 +169,19 @@ class KimiK2Attention(DeepseekV3Attention):
 
     def _store(self, cache: Cache | None, c: Tensor, k_rot: Tensor) -> _Stored:
         if cache is not None:
+            keys, values = c.unsqueeze(1), k_rot.unsqueeze(1)
             layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-            if isinstance(layer, Int8LatentLayer) and not cache.offloading:
-                layer.append(c[:, None], k_rot[:, None])
+            if isinstance(layer, LatentLayer) and not cache.offloading:
+                layer.append(keys, values)
 
                 def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
                     keys, values = layer.latents(start, stop)
-                    return keys[:, 0], values[:, 0]
+                    return keys.select(1, 0), values.select(1, 0)
 
-                return _Stored(layer.get_seq_length(), read, layer)
-            keys, values = cache.update(c[:, None], k_rot[:, None], self.layer_idx)
-            c, k_rot = keys[:, 0], values[:, 0]
+                codes = layer if isinstance(layer, Int8LatentLayer) else None
+                return _Stored(layer.get_seq_length(), read, codes)
+            keys, values = cache.update(keys, values, self.layer_idx)
+            c, k_rot = keys.select(1, 0), values.select(1, 0)
         return _Stored(c.shape[1], lambda start, stop: (c[:, start:stop], k_rot[:, start:stop]))
 
     def _attend(self, q_nope: Tensor, q_rot: Tensor, stored: _Stored, mask: Tensor | None) -> Tensor:

@@ -92,7 +92,7 @@ class LatentLayer(DynamicLayer):
         elif self._buffers is None:
             self._pack(key_states, value_states)
         else:
-            self._write(self._encode(key_states, value_states))
+            self._write(key_states, value_states)
 
     def latents(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Tokens start .. stop: [b, heads, stop - start, rank], [b, heads, stop - start, rotary]."""
@@ -187,12 +187,16 @@ class LatentLayer(DynamicLayer):
 
     def _fits(self, keys: Tensor, values: Tensor) -> bool:
         """Whether the two can lie side by side, behind what is held."""
-        if keys.shape[:-1] != values.shape[:-1] or keys.dtype != values.dtype or keys.device != values.device:
+        if keys.dtype != values.dtype or keys.device != values.device:
+            return False
+        *rows, width = keys.shape
+        if values.shape[:-1] != tuple(rows):
             return False
         if self._buffers is not None:
-            buffer, widths = self._buffers[0], (keys.shape[-1], values.shape[-1])
+            buffer = self._buffers[0]
             return (
-                (keys.shape[0], keys.shape[1], widths) == (buffer.shape[0], self._num_heads, self._widths)
+                (rows[0], rows[1], width, values.shape[-1])
+                == (buffer.shape[0], self._num_heads, *self._widths)
                 and keys.dtype == self.dtype
                 and keys.device == buffer.device
             )
@@ -214,23 +218,24 @@ class LatentLayer(DynamicLayer):
         keys, values = parts
         self.dtype = keys.dtype
         self._num_heads, self._widths = keys.shape[1], (keys.shape[-1], values.shape[-1])
-        encoded = self._encode(keys, values)
+        encoded = self._encode(keys[..., :1, :], values[..., :1, :])  # for the widths
         self._buffers, self._length, self._writable = tuple(part[..., :0, :] for part in encoded), 0, False
         self._loose = [None, None]
-        self._write(encoded)
+        self._write(keys, values)
 
     def _loosen(self) -> None:
         if self._buffers is not None:
             loose = list(self.latents(0, self._length))
             self._buffers, self._loose = None, loose
 
-    def _write(self, new: tuple[Tensor, ...]) -> None:
+    def _write(self, keys: Tensor, values: Tensor) -> None:
         assert self._buffers is not None
-        first, length = self._buffers[0], self._length + new[0].shape[-2]
+        first, num_new = self._buffers[0], keys.shape[-2]
+        length = self._length + num_new
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             self._buffers = tuple(
                 torch.cat((old[..., : self._length, :], part), dim=-2)
-                for old, part in zip(self._buffers, new, strict=True)
+                for old, part in zip(self._buffers, self._encode(keys, values), strict=True)
             )
             self._writable = False
         else:
@@ -238,9 +243,12 @@ class LatentLayer(DynamicLayer):
             if not self._writable or is_locked or first.shape[-2] < length:
                 self._change(lambda buffer: _longer(buffer[..., : self._length, :], length))
                 self._writable = True
-            for buffer, part in zip(self._buffers, new, strict=True):
-                buffer.narrow(-2, self._length, length - self._length).copy_(part)
+            self._put(keys, values, *(buffer.narrow(-2, self._length, num_new) for buffer in self._buffers))
         self._length = length
+
+    def _put(self, keys: Tensor, values: Tensor, *places: Tensor) -> None:
+        """Write what `_encode` makes of the tokens to these places."""
+        torch.cat((keys, values), dim=-1, out=places[0])
 
     def _encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """What the buffers hold of these tokens: new tensors [b, ..., n, width]."""
@@ -280,6 +288,10 @@ class Int8LatentLayer(LatentLayer):
                 f"The latents have {keys.shape[1]} heads, expected 1: MLA's are shared by all heads."
             )
         return quantize(keys[:, 0], values[:, 0])
+
+    def _put(self, keys: Tensor, values: Tensor, *places: Tensor) -> None:
+        for place, part in zip(places, self._encode(keys, values), strict=True):
+            place.copy_(part)
 
     def _decode(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         codes, scales = parts
