@@ -13,7 +13,8 @@
 #include "common.h"
 
 /* BLOCK: tokens of `combine` at most: for 64 rows, all this stays in the second-level cache. DOT_ROWS: rows of `dots`
-   whose sums stay in registers. COMBINE_ROWS: rows of `combine`, with a pair of each; so few as COMBINE_FEW with two. */
+   whose sums stay in registers. COMBINE_ROWS: rows of `combine`, with a pair of each; so few as COMBINE_FEW with two.
+   CACHE: what is fetched ahead goes to the first level (3), or to the second (2), where more can be under way. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define WIDEST 1 /* 32 registers of 64 bytes */
 #define LANES 16
@@ -21,6 +22,7 @@
 #define DOT_ROWS 8
 #define COMBINE_ROWS 8
 #define COMBINE_FEW 6
+#define CACHE 2
 #else
 #define WIDEST 0
 #define LANES 8
@@ -28,6 +30,7 @@
 #define DOT_ROWS 4
 #define COMBINE_ROWS 6
 #define COMBINE_FEW 3
+#define CACHE 3
 #endif
 #define PAIR (2 * LANES) /* numbers converted at a time */
 #define ROWS 64          /* rows at most */
@@ -175,7 +178,7 @@ static inline __attribute__((always_inline)) void dots_tile(
         for (int64_t i = 0; i < whole; i += PAIR) {
 #pragma GCC unroll 4
             for (int token = 0; token < num_tokens; token++)
-                __builtin_prefetch(tokens + token * step + ahead + (i * item >> shared));
+                __builtin_prefetch(tokens + token * step + ahead + (i * item >> shared), 0, CACHE);
             multiply(wide, num_rows, num_tokens, rows + i, row_step, tokens + i * item, step, sum);
         }
         if (whole < size) {
@@ -238,7 +241,7 @@ static inline __attribute__((always_inline)) void combine_tile(
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * num_pairs; i++) sum[row][i] = load(to + row * to_step + i * LANES) * keep[row];
     for (int64_t token = 0; token < num_tokens; token++, tokens += step) {
-        __builtin_prefetch(tokens + ahead);
+        __builtin_prefetch(tokens + ahead, 0, CACHE);
 #pragma GCC unroll 2
         for (int pair = 0; pair < num_pairs; pair++) {
             const char *from = tokens + pair * PAIR * item;

@@ -145,7 +145,7 @@ static inline __attribute__((always_inline)) void code_dots_tile(
             Ints exact[DOT_ROWS][CODE_TOKENS] = {0};
 #pragma GCC unroll 4
             for (int token = 0; token < num_tokens; token++) /* the next block comes from memory meanwhile */
-                __builtin_prefetch(codes + (token + BLOCK) * step + start);
+                __builtin_prefetch(codes + (token + BLOCK) * step + start, 0, CACHE);
             if (size - start >= GROUP) {
 #pragma GCC unroll 4
                 for (int64_t i = 0; i < GROUP; i += PAIR)
