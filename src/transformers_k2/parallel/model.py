@@ -136,8 +136,8 @@ def fill(model: nn.Module, weights: Weights) -> None:
 
 
 def local_rows(tensor: Tensor) -> Tensor:
-    """Which rows (entries of dimension 0) this rank holds, in its order: int64 [local rows]."""
-    rows = torch.arange(tensor.shape[0])
+    """Which rows (entries of dimension 0) this rank holds, in its order: int64 [local rows]; none of a scalar."""
+    rows = torch.arange(tensor.shape[0] if tensor.ndim else 0)
     if not isinstance(tensor, DTensor):
         return rows
     assert all(not placement.is_shard() or placement.dim == 0 for placement in tensor.placements)
