@@ -46,6 +46,13 @@ _EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 _PRELOAD = ["transformers_k2.training.loop", "transformers.trainer", "matplotlib.backends.backend_agg"]
 
 
+def compute_in_float32() -> None:
+    """Newton-Schulz in bfloat16, where the CPU multiplies it, tells layouts apart by its rounding. For `Run.before`."""
+    from transformers_k2.optim import muon
+
+    muon.choose_dtype = lambda device: torch.float32
+
+
 def text_file(folder: Path) -> Path:
     """One real text file in `folder`."""
     path = folder / "text.txt"
@@ -148,11 +155,8 @@ def _main(
         os.dup2(file.fileno(), 2)
     from rich.console import Console
 
-    from transformers_k2.optim import muon
     from transformers_k2.training import machine, train
 
-    # Newton-Schulz in bfloat16, where the CPU multiplies it, would tell layouts apart by its rounding.
-    muon.choose_dtype = lambda device: torch.float32
     torch.set_num_threads(1)
     if before is not None:
         before()

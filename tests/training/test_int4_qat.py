@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from training_ranks import RECIPE, Run, lines, same_weights, text_file, weights
 from transformers_k2 import KimiK2Config, KimiK2ForCausalLM, MuonClip, experts
+from transformers_k2.optim.newton_schulz import choose_dtype
 from transformers_k2.parallel import Layout, RandomWeights, build_model
 from transformers_k2.parallel.shards import Shards
 from transformers_k2.quantization import int4, prepare_qat
@@ -251,7 +252,9 @@ def test_runs_on_several_processes_end_with_the_same_kind_of_file(
     folder = run.finish()
     exact = "training.dtype=bfloat16" not in overrides
     mine, its = ([line["loss"] for line in lines(path) if "loss" in line] for path in (folder, finished))
-    assert mine == pytest.approx(its, rel=1e-4 if exact else 2e-2)  # a code at a threshold may flip
+    # A code at a threshold may flip; Newton-Schulz in bfloat16, where the CPU multiplies it, flips a few more.
+    rounding = 1e-4 if choose_dtype("cpu") is torch.float32 else 1e-3
+    assert mine == pytest.approx(its, rel=rounding if exact else 2e-2)
     one, other = weights(finished), weights(folder)
     assert {name: tensor.dtype for name, tensor in one.items()} == {
         name: t.dtype for name, t in other.items()

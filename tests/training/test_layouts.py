@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from training_ranks import ADAMW, Run, curve, lines, text_file, watch_files, weights
+from training_ranks import ADAMW, Run, compute_in_float32, curve, lines, text_file, watch_files, weights
 from transformers_k2.parallel import Layout, RandomWeights, build_model
 from transformers_k2.training import build_config, load_recipe
 from transformers_k2.training.rows import JoinedRows
@@ -50,7 +50,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    return Run(text_file(folder), folder / "one").finish()
+    return Run(text_file(folder), folder / "one", before=compute_in_float32).finish()
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -76,7 +76,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 def in_layout(name: str, one: Path) -> Run:
     num_processes, overrides = LAYOUTS[name]
     output = one.parent / name.replace(", ", " ").replace(" ", "_")
-    return Run(one.parent / "text.txt", output, overrides, num_processes)
+    return Run(one.parent / "text.txt", output, overrides, num_processes, before=compute_in_float32)
 
 
 def test_shards_are_one_process(one: Path) -> None:
@@ -85,6 +85,8 @@ def test_shards_are_one_process(one: Path) -> None:
 
 def announce_pipeline_runs() -> None:
     from transformers_k2.parallel.pipeline import Pipeline
+
+    compute_in_float32()
 
     run_even = Pipeline._run_even
 
@@ -117,12 +119,13 @@ def test_packed_and_padded_rows_in_every_layout(packing: str, one: Path) -> None
     text = one.parent / "text.txt"
     # eps far above float32's noise, of which AdamW's first steps would show the sign
     overrides = [f"data.packing={packing}", ADAMW.replace("1e-8", "1e-4")]
-    expected = Run(text, one.parent / packing, overrides).finish()
+    expected = Run(text, one.parent / packing, overrides, before=compute_in_float32).finish()
     assert curve(expected)[0] != curve(one)[0]
     for name in ("copies, accumulated", "four shards and experts", "stages of experts"):
         num_processes, layout = LAYOUTS[name]
         output = one.parent / f"{packing}_{name.replace(', ', ' ').replace(' ', '_')}"
-        assert_same_run(Run(text, output, [*overrides, *layout], num_processes).finish(), expected)
+        run = Run(text, output, [*overrides, *layout], num_processes, before=compute_in_float32)
+        assert_same_run(run.finish(), expected)
 
 
 def test_one_process_is_a_plain_loop(one: Path) -> None:
