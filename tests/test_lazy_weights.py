@@ -133,7 +133,8 @@ before = resident()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **json.loads(sys.argv[2]))
 gc.collect()
 experts = sum(value.nbytes for name, value in model.named_parameters() if ".experts." in name)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not ru_maxrss, which counts the process that started this one
+peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
 print(json.dumps({"before": before, "after": resident(), "peak": peak, "experts": experts}))
 """
 

@@ -179,6 +179,7 @@ ENGINE = ["parallel.engine=accelerate", "parallel.shard=all"]
 
 def promote() -> None:
     """Let Accelerate shard on CPUs, as it does on GPUs: there it would train copies and not say so."""
+    compute_in_float32()
     import accelerate
     import transformers.trainer
     from accelerate.utils import DistributedType
