@@ -229,13 +229,11 @@ def _readable(
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.shape == shape and tensor.dtype == dtype and tensor.is_cpu and tensor.stride()[-1] == 1:
-        return
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected {dtype} {list(shape)} on cpu."
         )
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(f"{name} has strides {list(tensor.stride())}: expected the last to be 1.")
 
 
