@@ -16,7 +16,7 @@ agent    300 turns, each of which appends a tool's answer to the conversation: w
 caches   ms per token from the dynamic cache and from the one of 8 bits.
 
 What it gives up: latents are random, and no token depends on them being sensible; other machines have other ratios of
-memory to arithmetic. Twenty minutes on two cores, most of them stock's.
+memory to arithmetic. A quarter of an hour on two cores, longer where they do not multiply bfloat16: most of it is stock's.
 
     python benchmarks/decode.py [--parts decode prefill agent caches] [--rounds 3] [--plot decode.png]
     python benchmarks/decode.py --parts decode --shape k2 --contexts 1 1024 4096
